@@ -1,0 +1,78 @@
+"""Checks at trace time: what shapes and dtypes can tell, said before anything is computed."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import Array
+
+
+def check_inexact_tree(tree: Any, name: str) -> Any:
+    """Raises unless every leaf is a real floating-point array; returns the leaves as arrays."""
+
+    def check(path: Any, leaf: Any) -> Array:
+        where = f"{name}{jax.tree_util.keystr(path)}"
+        if not isinstance(leaf, (jax.Array, np.ndarray, np.generic, float, int)):
+            raise TypeError(f"{where}: expected a floating-point array, got {type(leaf).__name__}.")
+        array = jnp.asarray(leaf)
+        if not jnp.issubdtype(array.dtype, jnp.floating):
+            raise TypeError(
+                f"{where}: expected a floating-point array, got dtype {array.dtype}. Keep integer"
+                " and boolean leaves out of what is differentiated (pass them in the batch)."
+            )
+        return array
+
+    return jax.tree_util.tree_map_with_path(check, tree)
+
+
+def check_like(tree: Any, like: Any, name: str, like_name: str, *, cast: bool = True) -> Any:
+    """Raises unless ``tree`` has the structure and shapes of ``like``; ``cast`` to its dtypes."""
+    structure, expected = jax.tree.structure(tree), jax.tree.structure(like)
+    if structure != expected:
+        raise ValueError(
+            f"{name}: expected the pytree structure of {like_name}, {expected}, got {structure}."
+        )
+    tree = check_inexact_tree(tree, name)
+
+    def check(path: Any, leaf: Array, other: Any) -> Array:
+        if leaf.shape != other.shape:
+            raise ValueError(
+                f"{name}{jax.tree_util.keystr(path)}: expected shape {other.shape} as in"
+                f" {like_name}, got {leaf.shape}."
+            )
+        return leaf.astype(other.dtype) if cast else leaf
+
+    return jax.tree_util.tree_map_with_path(check, tree, like)
+
+
+def broadcast_weights(weights: Any, batch_shape: tuple[int, ...], dtype: Any) -> Array:
+    """``weights`` over all batch axes, in ``dtype`` or wider."""
+    array = jnp.asarray(weights)
+    kinds = (jnp.floating, jnp.integer, jnp.bool_)
+    if not any(jnp.issubdtype(array.dtype, kind) for kind in kinds):
+        raise TypeError(f"weights: expected real numbers or a mask, got dtype {array.dtype}.")
+    try:
+        fits = np.broadcast_shapes(array.shape, batch_shape) == batch_shape
+    except ValueError:
+        fits = False
+    if not fits:
+        raise ValueError(
+            f"weights: expected the batch axes of the model output, {batch_shape}, or a shape that"
+            f" broadcasts to them, got {array.shape}."
+        )
+    dtype = jnp.promote_types(array.dtype, dtype)
+    return jnp.broadcast_to(array.astype(dtype), batch_shape)
+
+
+def check_positive_int(value: Any, name: str) -> None:
+    """Raises unless ``value`` is a Python integer of at least 1."""
+    if isinstance(value, bool) or not isinstance(value, (int, np.integer)):
+        raise TypeError(
+            f"{name}: expected a Python int, got {value!r}; under inject_hyperparams name it in"
+            " static_args."
+        )
+    if value < 1:
+        raise ValueError(f"{name}: expected 1 or more, got {value}.")

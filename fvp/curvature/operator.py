@@ -1,0 +1,112 @@
+"""The operator that users hold: a mean curvature that multiplies trees like the parameters."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax import Array
+from jax.flatten_util import ravel_pytree
+
+from fvp.checks import check_like
+from fvp.compilation import compiled_when_eager
+from fvp.numerics import widen
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True, repr=False)
+class CurvatureOperator:
+    """A curvature of the mean loss L = sum_i w_i nll_i / sum_i w_i, linearised once.
+
+    Built by :func:`fvp.fisher` and its siblings. A pytree: it can be returned from ``jit``, passed
+    to it, and closed over; ``vmap`` over the vector works. Calls are compiled when made eagerly.
+    """
+
+    piece: Any
+    total: Array
+    template: Any = dataclasses.field(metadata={"static": True})
+
+    @classmethod
+    def of(cls, piece: Any, total: Array, params: Any) -> CurvatureOperator:
+        """The mean of ``piece``, whose examples weigh ``total``, over trees like ``params``."""
+        leaves, structure = jax.tree.flatten(params)
+        shapes = tuple(jax.ShapeDtypeStruct(leaf.shape, leaf.dtype) for leaf in leaves)
+        return cls(piece, total, (structure, shapes))
+
+    @property
+    def output(self) -> Array:
+        """The model's output z, from the same linearisation."""
+        return self.piece.output
+
+    def mv(self, v: Any) -> Any:
+        """The curvature times ``v``: one linear JVP, the z-space scaling, one linear VJP.
+
+        Args:
+          v: pytree of the structure and shapes of the parameters; cast to their dtypes.
+
+        Returns:
+          A pytree like the parameters.
+
+        Raises:
+          ValueError: if the structure or a shape differs from the parameters'.
+          TypeError: if a leaf is not floating-point.
+        """
+        return _product(self, check_like(v, self._like(), "v", "params"))
+
+    def __matmul__(self, v: Any) -> Any:
+        return self.mv(v)
+
+    def quadratic_form(self, v: Any) -> Array:
+        """v^T (curvature) v as a scalar in float32 or wider; costs one JVP where z suffices."""
+        return _quadratic_form(self, check_like(v, self._like(), "v", "params"))
+
+    def value_and_grad(self, targets: Any) -> tuple[Array, Any]:
+        """The mean loss at ``targets`` and its gradient, from the same linearisation.
+
+        Saves the forward pass that ``jax.value_and_grad`` would repeat; pass the gradient and this
+        operator to ``tx.update(gradient, state, params, operator=self)``.
+        """
+        return _value_and_grad(self, targets)
+
+    def dense(self) -> Array:
+        """The (P, P) matrix in ``ravel_pytree`` order; memory P^2, for small P."""
+        return _dense(self)
+
+    def _like(self) -> Any:
+        structure, shapes = self.template
+        return jax.tree.unflatten(structure, shapes)
+
+    def _mean(self, tree: Any) -> Any:
+        # Divided at the end and in float32 or wider: weights w_i / sum w in half precision would
+        # lose small entries of a large batch before they are summed.
+        return jax.tree.map(lambda x: (widen(x) / self.total).astype(x.dtype), tree)
+
+    def __repr__(self) -> str:
+        size = sum(math.prod(leaf.shape) for leaf in self.template[1])
+        return f"CurvatureOperator({type(self.piece).__name__}, parameters={size})"
+
+
+@compiled_when_eager
+def _product(operator: CurvatureOperator, v: Any) -> Any:
+    return operator._mean(operator.piece.product(v))
+
+
+@compiled_when_eager
+def _quadratic_form(operator: CurvatureOperator, v: Any) -> Array:
+    return operator._mean(operator.piece.quadratic_form(v))
+
+
+@compiled_when_eager
+def _value_and_grad(operator: CurvatureOperator, targets: Any) -> tuple[Array, Any]:
+    return operator._mean(operator.piece.value_and_gradient(targets))
+
+
+@compiled_when_eager
+def _dense(operator: CurvatureOperator) -> Array:
+    zero = jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), operator._like())
+    flat, unravel = ravel_pytree(zero)
+    column = lambda e: ravel_pytree(operator.mv(unravel(e)))[0]
+    return jax.vmap(column, out_axes=1)(jnp.eye(flat.size, dtype=flat.dtype))

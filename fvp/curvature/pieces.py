@@ -1,0 +1,164 @@
+"""Curvature of the weighted *sum* of the loss over some examples, linearised once.
+
+The operator (operators.py) divides by the total weight; chunking (chunking.py) adds pieces up.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax import Array
+
+from fvp.checks import broadcast_weights
+from fvp.curvature.linearization import Linearization
+from fvp.curvature.metrics import Examples
+from fvp.heads import Head
+from fvp.numerics import tree_vdot, tree_zeros_like, wide_dtype, widen
+
+
+def example_weights(head: Head, z: Any, weights: Any) -> Array | None:
+    """The weights over all batch axes of ``z``; raises where ``z`` does not fit the head."""
+    head.check_outputs(z)
+    if weights is None:
+        return None
+    return broadcast_weights(weights, head.batch_shape(z), wide_dtype(z.dtype))
+
+
+def total_weight(weights: Array | None, z: Any, batch_shape: tuple[int, ...]) -> Array:
+    """sum_i w_i; infinite where that is zero, so that dividing by it gives the promised zero."""
+    if weights is None:
+        return jnp.asarray(math.prod(batch_shape), wide_dtype(z.dtype))
+    total = jnp.sum(weights)
+    return jnp.where(total == 0, jnp.inf, total)
+
+
+def apply_weights(weights: Array | None, event_ndim: int, x: Array) -> Array:
+    """w_i x_i over the event axes of ``x``; exactly zero at zero weight, whatever x_i is there."""
+    if weights is None:
+        return x
+    w = weights.reshape(weights.shape + (1,) * event_ndim)
+    return jnp.where(w == 0, 0, w * x)
+
+
+def mask_outputs(weights: Array | None, event_ndim: int, z: Array) -> Array:
+    """``z`` with rows of zero weight replaced by zeros, so that nothing non-finite starts there."""
+    if weights is None:
+        return z
+    w = weights.reshape(weights.shape + (1,) * event_ndim)
+    return jnp.where(w == 0, 0, z)
+
+
+def weighted_nll(head: Head, z: Array, targets: Any, weights: Array | None) -> Array:
+    """sum_i w_i nll_i."""
+    z = widen(mask_outputs(weights, head.event_ndim, z))
+    return jnp.sum(apply_weights(weights, 0, head.nll(z, targets)))
+
+
+def weighted_score(head: Head, z: Array, targets: Any, weights: Array | None) -> Array:
+    """-w_i score_i, the gradient of :func:`weighted_nll` in z, in the dtype of z."""
+    score = head.score(widen(mask_outputs(weights, head.event_ndim, z)), targets)
+    return apply_weights(weights, head.event_ndim, -score).astype(z.dtype)
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class GaussNewtonPiece:
+    """sum_i w_i J_i^T H_i J_i: every curvature of the form JVP -> z-space scaling -> VJP."""
+
+    linearization: Linearization
+    metric: Any
+    weights: Array | None
+    head: Head
+
+    @property
+    def output(self) -> Array:
+        """The model's output z."""
+        return self.linearization.output
+
+    def product(self, v: Any) -> Any:
+        """sum_i w_i J_i^T H_i J_i v."""
+        u = self.linearization.jvp(v)
+        u = self._scale(u).astype(u.dtype)
+        return self.linearization.vjp(u)
+
+    def quadratic_form(self, v: Any) -> Array:
+        """sum_i w_i (J_i v)^T H_i (J_i v), from one JVP."""
+        u = widen(self.linearization.jvp(v))
+        return jnp.sum(apply_weights(self.weights, self.head.event_ndim, u * self.metric(u)))
+
+    def _scale(self, u: Array) -> Array:
+        return apply_weights(self.weights, self.head.event_ndim, self.metric(widen(u)))
+
+    def value_and_gradient(self, targets: Any) -> tuple[Array, Any]:
+        """sum_i w_i nll_i and its gradient."""
+        cotangent = weighted_score(self.head, self.output, targets, self.weights)
+        value = weighted_nll(self.head, self.output, targets, self.weights)
+        return value, self.linearization.vjp(cotangent)
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class HessianPiece:
+    """Hessian of sum_i w_i nll_i: the linearisation of params -> (z, gradient)."""
+
+    linearization: Linearization
+    weights: Array | None
+    head: Head
+
+    @property
+    def output(self) -> Array:
+        """The model's output z."""
+        return self.linearization.output[0]
+
+    def product(self, v: Any) -> Any:
+        """The Hessian is symmetric, so the VJP of the gradient is the product itself."""
+        return self.linearization.vjp((jnp.zeros_like(self.output), v))
+
+    def quadratic_form(self, v: Any) -> Array:
+        """v^T H v."""
+        return tree_vdot(v, self.product(v))
+
+    def value_and_gradient(self, targets: Any) -> tuple[Array, Any]:
+        """sum_i w_i nll_i and its gradient."""
+        cotangent = weighted_score(self.head, self.output, targets, self.weights)
+        value = weighted_nll(self.head, self.output, targets, self.weights)
+        no_curvature = tree_zeros_like(self.linearization.output[1])
+        return value, self.linearization.vjp((cotangent, no_curvature))
+
+
+def gauss_newton_piece(
+    make_metric: Callable[..., Any],
+    model: Callable[[Any], Array],
+    head: Head,
+    params: Any,
+    examples: Examples,
+) -> GaussNewtonPiece:
+    """Linearises ``model(params) -> z`` once and fixes the metric at its output."""
+    linearization = Linearization.of(model, params)
+    weights = example_weights(head, linearization.output, examples.weights)
+    z = mask_outputs(weights, head.event_ndim, linearization.output)
+    return GaussNewtonPiece(linearization, make_metric(head, z, examples), weights, head)
+
+
+def hessian_piece(
+    model: Callable[[Any], Array], head: Head, params: Any, examples: Examples
+) -> HessianPiece:
+    """Linearises the gradient once, with the output beside it."""
+
+    def output_and_gradient(params: Any) -> tuple[Array, Any]:
+        def loss(params: Any) -> tuple[Array, Array]:
+            z = model(params)
+            weights = example_weights(head, z, examples.weights)
+            return weighted_nll(head, z, examples.targets, weights), z
+
+        gradient, z = jax.grad(loss, has_aux=True)(params)
+        return z, gradient
+
+    linearization = Linearization.of(output_and_gradient, params)
+    weights = example_weights(head, linearization.output[0], examples.weights)
+    return HessianPiece(linearization, weights, head)

@@ -1,0 +1,152 @@
+"""The normal distribution over its mean, with known noise."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import Array
+from jax.core import Tracer
+
+from fvp.heads.head import Head, check_event_ndim, register_head
+
+
+@register_head
+@dataclasses.dataclass(frozen=True)
+class Gaussian(Head):
+    """Normal distribution with known noise; ``z`` is the mean, ``y`` of the shape of ``z``.
+
+    F_R u = u / scale^2, or precision u; S = diag(1 / scale), or the Cholesky factor of precision.
+    With ``scale=1`` the loss is half the squared error, summed over the event axes and averaged
+    over examples, plus a constant.
+
+    Args:
+      scale: standard deviation; a number, or an array that broadcasts to the event shape.
+      precision: symmetric positive definite (D, D) inverse covariance, instead of ``scale``;
+        takes ``event_ndim=1``.
+      event_ndim: how many trailing axes of ``z`` make one example (its outputs).
+
+    Example:
+      >>> import jax.numpy as jnp, fvp
+      >>> fvp.Gaussian(scale=2.0).fisher(jnp.zeros((1, 3)), jnp.ones((1, 3)))
+      Array([[0.25, 0.25, 0.25]], dtype=float32)
+    """
+
+    scale: Any = None
+    precision: Any = None
+    event_ndim: int = 1
+
+    def __post_init__(self) -> None:
+        check_event_ndim(self.event_ndim)
+        if self.precision is None:
+            if self.scale is None:
+                object.__setattr__(self, "scale", 1.0)
+            _check_scale(self.scale, self.event_ndim)
+        elif self.scale is not None:
+            raise ValueError("scale, precision: Gaussian takes one of the two, got both.")
+        elif self.event_ndim != 1:
+            raise ValueError(
+                f"event_ndim: a precision matrix expects event_ndim=1, got {self.event_ndim}."
+            )
+        else:
+            _check_precision(self.precision)
+
+    def _check_event(self, z: Any, name: str) -> None:
+        event = z.shape[z.ndim - self.event_ndim :]
+        if self.precision is not None:
+            if jnp.shape(self.precision) != event * 2:
+                raise ValueError(
+                    f"{name}: Gaussian(precision of shape {jnp.shape(self.precision)}) expects"
+                    f" {jnp.shape(self.precision)[-1]} outputs on the last axis, got shape"
+                    f" {z.shape}."
+                )
+            return
+        try:
+            fits = np.broadcast_shapes(jnp.shape(self.scale), event) == event
+        except ValueError:
+            fits = False
+        if not fits:
+            raise ValueError(
+                f"{name}: Gaussian(scale of shape {jnp.shape(self.scale)}) does not broadcast to"
+                f" the event axes {event} of z of shape {z.shape}."
+            )
+
+    def _multiply(self, factor: Any, x: Array) -> Array:
+        """The matrix times x on the last axis, at full precision on every device."""
+        return jnp.einsum("ij,...j->...i", factor, x, precision=jax.lax.Precision.HIGHEST)
+
+    def _root(self, dtype: Any) -> Array:
+        """S as a lower triangular matrix, precision = S S^T."""
+        return jnp.linalg.cholesky(jnp.asarray(self.precision, dtype))
+
+    def _scale(self, dtype: Any) -> Array:
+        return jnp.asarray(self.scale, dtype)
+
+    def _nll(self, z: Array, y: Array) -> Array:
+        whitened = self._sqrt_fisher_transpose(z, z - y.astype(z.dtype))
+        event = z.shape[z.ndim - self.event_ndim :]
+        if self.precision is not None:
+            log_scale = -jnp.sum(jnp.log(jnp.diagonal(self._root(z.dtype))))
+        else:
+            log_scale = jnp.sum(jnp.broadcast_to(jnp.log(self._scale(z.dtype)), event))
+        constant = log_scale + 0.5 * math.log(2 * math.pi) * math.prod(event)
+        return 0.5 * jnp.sum(whitened * whitened, axis=self.event_axes()) + constant
+
+    def _mean(self, z: Array) -> Array:
+        return z
+
+    def _sample(self, key: Array, z: Array, dtype: Any) -> Array:
+        noise = jax.random.normal(key, z.shape, z.dtype)
+        if self.precision is None:
+            return (z + self._scale(z.dtype) * noise).astype(dtype)
+        inverse_root = jnp.linalg.inv(self._root(z.dtype))
+        return (z + self._multiply(inverse_root.T, noise)).astype(dtype)
+
+    def _score(self, z: Array, y: Array) -> Array:
+        return self._fisher(z, y.astype(z.dtype) - z)
+
+    def _fisher(self, z: Array, u: Array) -> Array:
+        if self.precision is not None:
+            return self._multiply(jnp.asarray(self.precision, z.dtype), u)
+        return u / self._scale(z.dtype) ** 2
+
+    def _sqrt_fisher(self, z: Array, w: Array) -> Array:
+        if self.precision is not None:
+            return self._multiply(self._root(z.dtype), w)
+        return w / self._scale(z.dtype)
+
+    def _sqrt_fisher_transpose(self, z: Array, u: Array) -> Array:
+        if self.precision is not None:
+            return self._multiply(self._root(z.dtype).T, u)
+        return u / self._scale(z.dtype)
+
+    def _kl(self, z: Array, z_new: Array) -> Array:
+        whitened = self._sqrt_fisher_transpose(z, z_new - z)
+        return 0.5 * jnp.sum(whitened * whitened, axis=self.event_axes())
+
+
+def _check_scale(scale: Any, event_ndim: int) -> None:
+    if jnp.ndim(scale) > event_ndim:
+        raise ValueError(
+            f"scale: expected a number or an array over the event axes (event_ndim={event_ndim}),"
+            f" got shape {jnp.shape(scale)}."
+        )
+    if not isinstance(scale, Tracer) and not np.all(np.asarray(scale) > 0):
+        raise ValueError(f"scale: expected a positive standard deviation, got {scale}.")
+
+
+def _check_precision(precision: Any) -> None:
+    shape = jnp.shape(precision)
+    if len(shape) != 2 or shape[0] != shape[1]:
+        raise ValueError(f"precision: expected a square (D, D) matrix, got shape {shape}.")
+    if isinstance(precision, Tracer):
+        return
+    matrix = np.asarray(precision, np.float64)
+    if not np.allclose(matrix, matrix.T, rtol=1e-5, atol=1e-6 * np.abs(matrix).max()):
+        raise ValueError("precision: expected a symmetric matrix, got one that is not.")
+    if np.linalg.eigvalsh(matrix).min() <= 0:
+        raise ValueError("precision: expected a positive definite matrix, got one that is not.")

@@ -1,0 +1,70 @@
+"""Independent Bernoulli distributions over logits."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax import Array
+
+from fvp.heads.head import Head, check_event_ndim, log_partition_gap, register_head
+
+
+@register_head
+@dataclasses.dataclass(frozen=True)
+class Sigmoid(Head):
+    """Independent Bernoulli outputs; ``z`` are logits, ``y`` in [0, 1] of the shape of ``z``.
+
+    With p = sigmoid(z): F_R u = p (1 - p) u, and S = diag sqrt(p (1 - p)).
+
+    Args:
+      event_ndim: how many trailing axes of ``z`` make one example (its outputs). With 0 every
+        entry of ``z`` is an example.
+
+    Example:
+      >>> import jax.numpy as jnp, fvp
+      >>> fvp.Sigmoid().nll(jnp.zeros((2, 3)), jnp.ones((2, 3)))  # 3 log 2
+      Array([2.0794415, 2.0794415], dtype=float32)
+    """
+
+    event_ndim: int = 1
+
+    def __post_init__(self) -> None:
+        check_event_ndim(self.event_ndim)
+
+    def _nll(self, z: Array, y: Array) -> Array:
+        # softplus(z) - y z, arranged so that large logits of the right sign give exactly zero.
+        terms = jnp.maximum(z, 0) - z * y.astype(z.dtype) + jnp.log1p(jnp.exp(-jnp.abs(z)))
+        return jnp.sum(terms, axis=self.event_axes())
+
+    def _mean(self, z: Array) -> Array:
+        return jax.nn.sigmoid(z)
+
+    def _sample(self, key: Array, z: Array, dtype: Any) -> Array:
+        return jax.random.bernoulli(key, jax.nn.sigmoid(z)).astype(dtype)
+
+    def _score(self, z: Array, y: Array) -> Array:
+        return y.astype(z.dtype) - jax.nn.sigmoid(z)
+
+    def _variance(self, z: Array) -> Array:
+        return jax.nn.sigmoid(z) * jax.nn.sigmoid(-z)  # 1 - p would lose the digits of small 1 - p
+
+    def _fisher(self, z: Array, u: Array) -> Array:
+        return self._variance(z) * u
+
+    def _sqrt_fisher(self, z: Array, w: Array) -> Array:
+        return jnp.sqrt(self._variance(z)) * w
+
+    def _sqrt_fisher_transpose(self, z: Array, u: Array) -> Array:
+        return jnp.sqrt(self._variance(z)) * u
+
+    def _kl(self, z: Array, z_new: Array) -> Array:
+        p, q, d = jax.nn.sigmoid(z), jax.nn.sigmoid(-z), z_new - z
+        # The Bregman divergence of softplus; for close logits in the form that does not cancel.
+        far = jax.nn.softplus(z_new) - jax.nn.softplus(z) - p * d
+        near = jnp.abs(d) < 1
+        d = jnp.where(near, d, 0)
+        close = log_partition_gap(jnp.stack([p, q]), jnp.stack([q * d, -p * d]), (0,))
+        return jnp.sum(jnp.where(near, close, far), axis=self.event_axes())

@@ -1,0 +1,55 @@
+"""Dtypes and inner products that every layer of the library uses."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax import Array
+from jax.typing import DTypeLike
+
+
+def wide_dtype(dtype: DTypeLike) -> Any:
+    """The dtype to compute in: float32, or ``dtype`` itself where it is wider."""
+    return jnp.promote_types(dtype, jnp.float32)
+
+
+def widen(x: Any) -> Array:
+    """``x`` in float32 or wider."""
+    return jnp.asarray(x).astype(wide_dtype(x.dtype))
+
+
+def widen_tree(tree: Any) -> Any:
+    """Every leaf in float32 or wider."""
+    return jax.tree.map(widen, tree)
+
+
+def cast_like(tree: Any, like: Any) -> Any:
+    """The leaves of ``tree`` in the dtypes of the leaves of ``like``."""
+    return jax.tree.map(lambda x, y: x.astype(y.dtype), tree, like)
+
+
+def tree_vdot(a: Any, b: Any) -> Array:
+    """Inner product of two trees, accumulated in float32 or wider.
+
+    ``jnp.sum(a * b)`` and not ``jnp.vdot``: the latter flattens its arguments, which a leaf that is
+    sharded over an explicit mesh refuses, and it accumulates bfloat16 in bfloat16.
+    """
+    products = jax.tree.map(lambda x, y: jnp.sum(widen(x) * widen(y)), a, b)
+    return sum(jax.tree.leaves(products), jnp.zeros((), jnp.float32))
+
+
+def tree_axpy(scale: Any, x: Any, y: Any) -> Any:
+    """``scale * x + y``, leaf by leaf, in the dtypes of ``y``."""
+    return jax.tree.map(lambda a, b: (scale * a + b).astype(b.dtype), x, y)
+
+
+def tree_where(condition: Array, a: Any, b: Any) -> Any:
+    """``a`` where ``condition`` (a scalar) holds, else ``b``."""
+    return jax.tree.map(lambda x, y: jnp.where(condition, x, y), a, b)
+
+
+def tree_zeros_like(tree: Any) -> Any:
+    """Zeros with the shapes, dtypes and shardings of ``tree``."""
+    return jax.tree.map(jnp.zeros_like, tree)
