@@ -1,5 +1,8 @@
 """Natural gradients and Fisher-vector products for JAX."""
 
+import importlib
+from typing import Any
+
 from fvp.curvature import (
     CurvatureOperator,
     empirical_fisher,
@@ -34,3 +37,10 @@ __all__ = [
     "natural_gradient",
     "scale_by_fisher",
 ]
+
+
+def __getattr__(name: str) -> Any:
+    # Flax is optional: its helpers are imported when they are first used.
+    if name in ("linen", "nnx"):
+        return importlib.import_module(f"fvp.{name}")
+    raise AttributeError(f"module 'fvp' has no attribute {name!r}")

@@ -13,10 +13,11 @@ from jax import Array
 from fvp.checks import check_inexact_tree, check_positive_int
 from fvp.compilation import compiled_when_eager
 from fvp.curvature.chunking import ChunkedPiece, split_chunks
-from fvp.curvature.metrics import Examples
+from fvp.curvature.metrics import Examples, example_indices
 from fvp.curvature.operator import CurvatureOperator
 from fvp.curvature.pieces import example_weights, total_weight
 from fvp.heads import Head
+from fvp.mesh import AxisName, row_axes, shard_count, to_local
 from fvp.numerics import wide_dtype
 
 MakePiece = Callable[[Callable[[Any], Array], Head, Any, Examples], Any]
@@ -63,6 +64,7 @@ def build_operator(
     examples: Examples,
     chunk_size: int | None,
     batch_axes: Any,
+    axis_name: AxisName,
 ) -> CurvatureOperator:
     """Checks the arguments and linearises, compiled when called eagerly."""
     if not callable(model_fn):
@@ -71,22 +73,24 @@ def build_operator(
         raise TypeError(
             f"head: expected a head such as fvp.Softmax(), got {head!r} (an instance, not a class)."
         )
-    params = check_inexact_tree(params, "params")
+    params = to_local(check_inexact_tree(params, "params"), axis_name, "params")
     if chunk_size is None:
-        return _build_whole(make_piece, model_fn, head, params, batch, examples)
+        return _build_whole(make_piece, model_fn, axis_name, head, params, batch, examples)
     check_positive_int(chunk_size, "chunk_size")
     axes = _leaf_axes(batch, batch_axes)
     count = _example_count(batch, axes)
     if chunk_size >= count:
-        return _build_whole(make_piece, model_fn, head, params, batch, examples)
-    number = -(-count // chunk_size)
-    return _build_chunked(make_piece, model_fn, axes, count, number, head, params, batch, examples)
+        return _build_whole(make_piece, model_fn, axis_name, head, params, batch, examples)
+    return _build_chunked(
+        make_piece, model_fn, axis_name, axes, count, chunk_size, head, params, batch, examples
+    )
 
 
 @compiled_when_eager
 def _build_whole(
     make_piece: MakePiece,
     model_fn: Callable[[Any, Any], Array],
+    axis_name: AxisName,
     head: Head,
     params: Any,
     batch: Any,
@@ -94,21 +98,29 @@ def _build_whole(
 ) -> CurvatureOperator:
     piece = make_piece(lambda params: model_fn(params, batch), head, params, examples)
     shape = head.batch_shape(piece.output)
-    return CurvatureOperator.of(piece, total_weight(piece.weights, piece.output, shape), params)
+    total = total_weight(piece.weights, piece.output, shape, axis_name)
+    return CurvatureOperator.of(piece, total, params, axis_name)
 
 
 @compiled_when_eager
 def _build_chunked(
     make_piece: MakePiece,
     model_fn: Callable[[Any, Any], Array],
+    axis_name: AxisName,
     axes: tuple[int | None, ...],
     count: int,
-    number: int,
+    chunk_size: int,
     head: Head,
     params: Any,
     batch: Any,
     examples: Examples,
 ) -> CurvatureOperator:
+    leaves, structure = jax.tree.flatten(batch)
+    pairs = list(zip(leaves, axes, strict=True))
+    moved = [None if axis is None else jnp.moveaxis(leaf, axis, 0) for leaf, axis in pairs]
+    rows = next(filter(None, map(row_axes, jax.tree.leaves(moved))), None)
+    local_count = count // shard_count(rows)
+    number = -(-local_count // max(1, chunk_size // shard_count(rows)))
     z = jax.eval_shape(model_fn, params, batch)
     head.check_outputs(z)
     if z.shape[0] != count:
@@ -120,25 +132,24 @@ def _build_chunked(
     weights = example_weights(head, z, examples.weights)
     shape = head.batch_shape(z)
     counted = weights
-    if counted is None and count % number:
+    if counted is None and local_count % number:
         counted = jnp.ones(shape, wide_dtype(z.dtype))  # the padding has weight zero
 
-    leaves, structure = jax.tree.flatten(batch)
-    pairs = list(zip(leaves, axes, strict=True))
-    moved = [None if axis is None else jnp.moveaxis(leaf, axis, 0) for leaf, axis in pairs]
     chunks = (
-        split_chunks(moved, number),
+        split_chunks(moved, number, rows),
         Examples(
-            targets=split_chunks(targets, number),
-            weights=split_chunks(counted, number, wrap=False),
-            indices=split_chunks(jnp.arange(count), number),
+            targets=split_chunks(targets, number, rows),
+            weights=split_chunks(counted, number, rows, wrap=False),
+            indices=split_chunks(example_indices(count, examples.shard), number, rows),
         ),
     )
     whole = [leaf if axis is None else None for leaf, axis in pairs]
     shared = Shared(head, params, examples.keys, whole)
     recipe = ChunkRecipe(make_piece, model_fn, structure, axes)
-    piece = ChunkedPiece(shared, chunks, count, recipe)
-    return CurvatureOperator.of(piece, total_weight(weights, z, shape), params)
+    piece = ChunkedPiece(shared, chunks, count, rows, recipe)
+    return CurvatureOperator.of(
+        piece, total_weight(weights, z, shape, axis_name), params, axis_name
+    )
 
 
 def _leaf_axes(batch: Any, batch_axes: Any) -> tuple[int | None, ...]:

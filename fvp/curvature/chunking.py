@@ -10,6 +10,7 @@ import jax
 import jax.numpy as jnp
 from jax import Array
 
+from fvp.mesh import map_rows, shard_count, shard_rows
 from fvp.numerics import cast_like, widen_tree
 
 
@@ -25,13 +26,14 @@ class ChunkedPiece:
     shared: Any
     chunks: Any
     count: int = dataclasses.field(metadata={"static": True})
+    rows: Any = dataclasses.field(metadata={"static": True})  # mesh axes of the examples
     build: Callable[[Any, Any], Any] = dataclasses.field(metadata={"static": True})
 
     @property
     def output(self) -> Array:
         """The model's output z, by one forward pass."""
         z = jax.lax.map(lambda chunk: self.build(self.shared, chunk).output, self.chunks)
-        return join_chunks(z, self.count)
+        return join_chunks(z, self.count, self.rows)
 
     def product(self, v: Any) -> Any:
         """The product, summed over chunks."""
@@ -49,7 +51,7 @@ class ChunkedPiece:
                 f" shape {jnp.shape(targets)}."
             )
         number = jax.tree.leaves(self.chunks)[0].shape[0]
-        targets = split_chunks(jnp.asarray(targets), number)
+        targets = split_chunks(jnp.asarray(targets), number, self.rows)
         value, gradient = self._sum(lambda piece, y: piece.value_and_gradient(y), targets)
         return value, cast_like(gradient, self.shared.params)
 
@@ -63,13 +65,11 @@ class ChunkedPiece:
             return jax.tree.map(jnp.add, total, evaluate(*xs)), None
 
         first = jax.tree.map(lambda x: x[0], (self.chunks, extra))
-        zeros = jax.tree.map(
-            lambda s: jnp.zeros(s.shape, s.dtype), jax.eval_shape(evaluate, *first)
-        )
+        zeros = jax.tree.map(jnp.zeros_like, jax.eval_shape(evaluate, *first))
         return jax.lax.scan(step, zeros, (self.chunks, extra))[0]
 
 
-def split_chunks(tree: Any, number: int, *, wrap: bool = True) -> Any:
+def split_chunks(tree: Any, number: int, rows: Any = None, *, wrap: bool = True) -> Any:
     """Leaves (N, ...) -> (number, ceil(N / number), ...), padded with the first rows, or zeros.
 
     Chunk i takes the examples i, i + number, i + 2 number, ...: an example axis that is split over
@@ -82,10 +82,15 @@ def split_chunks(tree: Any, number: int, *, wrap: bool = True) -> Any:
         padded = jnp.concatenate([x, padding if wrap else jnp.zeros_like(padding)])
         return jnp.moveaxis(padded.reshape(size, number, *x.shape[1:]), 1, 0)
 
-    return jax.tree.map(split, tree)
+    return jax.tree.map(lambda x: map_rows(split, shard_rows(x, rows), rows, 0, 1), tree)
 
 
-def join_chunks(x: Array, count: int) -> Array:
+def join_chunks(x: Array, count: int, rows: Any = None) -> Array:
     """The inverse of :func:`split_chunks` for ``count`` examples."""
-    x = jnp.moveaxis(x, 0, 1)
-    return x.reshape(-1, *x.shape[2:])[:count]
+    local_count = count // shard_count(rows)
+
+    def join(x: Array) -> Array:
+        x = jnp.moveaxis(x, 0, 1)
+        return x.reshape(-1, *x.shape[2:])[:local_count]
+
+    return map_rows(join, x, rows, 1, 0)

@@ -15,6 +15,7 @@ import jax.numpy as jnp
 from jax import Array
 
 from fvp.heads import Head
+from fvp.mesh import row_axes, shard_rows
 from fvp.numerics import widen
 
 
@@ -27,13 +28,20 @@ class Examples:
       targets: the data's labels, or None for curvatures that do not use them.
       weights: one weight for each example, broadcastable to the batch axes, or None.
       keys: (S,) random keys, one for each Monte Carlo sample, or None.
-      indices: (N,) position of each row in the whole batch, or None for a batch that is whole.
+      indices: (N,) position of each row in the batch, or None for rows in order.
+      shard: number of the device's part, where the batch is split over a named axis, or None.
     """
 
     targets: Any = None
     weights: Any = None
     keys: Any = None
     indices: Any = None
+    shard: Any = None
+
+
+def example_indices(count: int, shard: Any) -> Array:
+    """Positions of ``count`` rows in the whole batch, of which they are part number ``shard``."""
+    return jnp.arange(count) + (0 if shard is None else shard * count)
 
 
 @jax.tree_util.register_dataclass
@@ -97,7 +105,9 @@ def monte_carlo_metric(head: Head, z: Array, examples: Examples) -> ScoreMetric:
     Each example draws from keys of its own, made from its index, so that the matrix depends neither
     on the size of the chunks nor on how the batch is sharded.
     """
-    indices = jnp.arange(z.shape[0]) if examples.indices is None else examples.indices
+    indices = examples.indices
+    if indices is None:
+        indices = shard_rows(example_indices(z.shape[0], examples.shard), row_axes(z))
 
     def score(key: Array, index: Array, row: Array) -> Array:
         # Heads want a batch axis; a row of (B, C) outputs has none left.

@@ -13,7 +13,8 @@ from jax.flatten_util import ravel_pytree
 
 from fvp.checks import check_like
 from fvp.compilation import compiled_when_eager
-from fvp.numerics import widen
+from fvp.mesh import AxisName, sum_over, to_local
+from fvp.numerics import cast_like, widen
 
 
 @jax.tree_util.register_dataclass
@@ -28,13 +29,14 @@ class CurvatureOperator:
     piece: Any
     total: Array
     template: Any = dataclasses.field(metadata={"static": True})
+    axis_name: AxisName = dataclasses.field(metadata={"static": True})
 
     @classmethod
-    def of(cls, piece: Any, total: Array, params: Any) -> CurvatureOperator:
+    def of(cls, piece: Any, total: Array, params: Any, axis_name: AxisName) -> CurvatureOperator:
         """The mean of ``piece``, whose examples weigh ``total``, over trees like ``params``."""
         leaves, structure = jax.tree.flatten(params)
         shapes = tuple(jax.ShapeDtypeStruct(leaf.shape, leaf.dtype) for leaf in leaves)
-        return cls(piece, total, (structure, shapes))
+        return cls(piece, total, (structure, shapes), axis_name)
 
     @property
     def output(self) -> Array:
@@ -82,7 +84,9 @@ class CurvatureOperator:
     def _mean(self, tree: Any) -> Any:
         # Divided at the end and in float32 or wider: weights w_i / sum w in half precision would
         # lose small entries of a large batch before they are summed.
-        return jax.tree.map(lambda x: (widen(x) / self.total).astype(x.dtype), tree)
+        total = sum_over(tree, self.axis_name)
+        mean = jax.tree.map(lambda x: widen(x) / self.total, total)
+        return cast_like(mean, tree)
 
     def __repr__(self) -> str:
         size = sum(math.prod(leaf.shape) for leaf in self.template[1])
@@ -91,12 +95,12 @@ class CurvatureOperator:
 
 @compiled_when_eager
 def _product(operator: CurvatureOperator, v: Any) -> Any:
-    return operator._mean(operator.piece.product(v))
+    return operator._mean(operator.piece.product(to_local(v, operator.axis_name, "v")))
 
 
 @compiled_when_eager
 def _quadratic_form(operator: CurvatureOperator, v: Any) -> Array:
-    return operator._mean(operator.piece.quadratic_form(v))
+    return operator._mean(operator.piece.quadratic_form(to_local(v, operator.axis_name, "v")))
 
 
 @compiled_when_eager

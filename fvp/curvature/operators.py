@@ -16,6 +16,7 @@ from fvp.curvature.build import build_operator
 from fvp.curvature.metrics import Examples
 from fvp.curvature.operator import CurvatureOperator
 from fvp.heads import Head
+from fvp.mesh import AxisName
 
 ModelFn = Callable[[Any, Any], Array]
 
@@ -35,6 +36,7 @@ def fisher(
     weights: ArrayLike | None = None,
     chunk_size: int | None = None,
     batch_axes: Any = 0,
+    axis_name: AxisName = None,
 ) -> CurvatureOperator:
     r"""True Fisher information, F = sum_i w_i J_i^T F_R(z_i) J_i / sum_i w_i.
 
@@ -55,6 +57,9 @@ def fisher(
       batch_axes: where the example axis of each leaf of ``batch`` is, in the form of the
         ``in_axes`` of ``jax.vmap``; ``None`` marks leaves shared by all examples. Read only with
         ``chunk_size``.
+      axis_name: inside ``jax.shard_map`` (or a named ``vmap``): the mesh axis or axes over which the
+        batch is split, so that the weighted mean is over all devices. Under ``jit`` with sharded
+        arrays leave it None.
 
     Returns:
       A :class:`CurvatureOperator` over trees like ``params``.
@@ -67,9 +72,9 @@ def fisher(
       >>> import jax.numpy as jnp, fvp
       >>> x = jnp.array([[1.0, 2.0], [3.0, 4.0]])
       >>> F = fvp.fisher(lambda w, x: x @ w, fvp.Gaussian(), jnp.zeros((2, 1)), x)
-      >>> F @ jnp.ones((2, 1))  # X^T X v / N
-      Array([[12.],
-             [17.]], dtype=float32)
+      >>> print(F @ jnp.ones((2, 1)))  # X^T X v / N
+      [[12.]
+       [17.]]
 
     Reference:
       S. Amari, Natural gradient works efficiently in learning, 1998; N. Schraudolph, Fast curvature
@@ -77,7 +82,7 @@ def fisher(
     """
     examples = Examples(weights=weights)
     return build_operator(
-        _fisher_piece, model_fn, head, params, batch, examples, chunk_size, batch_axes
+        _fisher_piece, model_fn, head, params, batch, examples, chunk_size, batch_axes, axis_name
     )
 
 
@@ -91,6 +96,7 @@ def ggn(
     weights: ArrayLike | None = None,
     chunk_size: int | None = None,
     batch_axes: Any = 0,
+    axis_name: AxisName = None,
 ) -> CurvatureOperator:
     r"""Generalised Gauss-Newton matrix, G = sum_i w_i J_i^T [d^2 nll_i / dz^2] J_i / sum_i w_i.
 
@@ -102,7 +108,7 @@ def ggn(
     """
     examples = Examples(targets=_required(targets), weights=weights)
     return build_operator(
-        _ggn_piece, model_fn, head, params, batch, examples, chunk_size, batch_axes
+        _ggn_piece, model_fn, head, params, batch, examples, chunk_size, batch_axes, axis_name
     )
 
 
@@ -116,6 +122,7 @@ def empirical_fisher(
     weights: ArrayLike | None = None,
     chunk_size: int | None = None,
     batch_axes: Any = 0,
+    axis_name: AxisName = None,
 ) -> CurvatureOperator:
     r"""Empirical Fisher, E = sum_i w_i g_i g_i^T / sum_i w_i, with g_i = J_i^T score(z_i, y_i).
 
@@ -136,7 +143,7 @@ def empirical_fisher(
     """
     examples = Examples(targets=_required(targets), weights=weights)
     return build_operator(
-        _empirical_piece, model_fn, head, params, batch, examples, chunk_size, batch_axes
+        _empirical_piece, model_fn, head, params, batch, examples, chunk_size, batch_axes, axis_name
     )
 
 
@@ -151,6 +158,7 @@ def mc_fisher(
     weights: ArrayLike | None = None,
     chunk_size: int | None = None,
     batch_axes: Any = 0,
+    axis_name: AxisName = None,
 ) -> CurvatureOperator:
     r"""Monte Carlo Fisher: the outer products of scores at labels drawn from the model.
 
@@ -162,9 +170,19 @@ def mc_fisher(
     ``num_samples``, the labels drawn for each example. The batch axis of z comes first.
     """
     check_positive_int(num_samples, "num_samples")
-    examples = Examples(weights=weights, keys=jax.random.split(key, num_samples))
+    shard = None if axis_name is None else jax.lax.axis_index(axis_name)
+    keys = jax.random.split(key, num_samples)
+    examples = Examples(weights=weights, keys=keys, shard=shard)
     return build_operator(
-        _monte_carlo_piece, model_fn, head, params, batch, examples, chunk_size, batch_axes
+        _monte_carlo_piece,
+        model_fn,
+        head,
+        params,
+        batch,
+        examples,
+        chunk_size,
+        batch_axes,
+        axis_name,
     )
 
 
@@ -178,6 +196,7 @@ def hessian(
     weights: ArrayLike | None = None,
     chunk_size: int | None = None,
     batch_axes: Any = 0,
+    axis_name: AxisName = None,
 ) -> CurvatureOperator:
     r"""The Hessian of the mean loss, G plus the curvature of the model itself; may be indefinite.
 
@@ -188,7 +207,15 @@ def hessian(
     """
     examples = Examples(targets=_required(targets), weights=weights)
     return build_operator(
-        pieces.hessian_piece, model_fn, head, params, batch, examples, chunk_size, batch_axes
+        pieces.hessian_piece,
+        model_fn,
+        head,
+        params,
+        batch,
+        examples,
+        chunk_size,
+        batch_axes,
+        axis_name,
     )
 
 

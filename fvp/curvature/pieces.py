@@ -18,6 +18,7 @@ from fvp.checks import broadcast_weights
 from fvp.curvature.linearization import Linearization
 from fvp.curvature.metrics import Examples
 from fvp.heads import Head
+from fvp.mesh import AxisName, device_count, sum_over
 from fvp.numerics import tree_vdot, tree_zeros_like, wide_dtype, widen
 
 
@@ -29,11 +30,14 @@ def example_weights(head: Head, z: Any, weights: Any) -> Array | None:
     return broadcast_weights(weights, head.batch_shape(z), wide_dtype(z.dtype))
 
 
-def total_weight(weights: Array | None, z: Any, batch_shape: tuple[int, ...]) -> Array:
+def total_weight(
+    weights: Array | None, z: Any, batch_shape: tuple[int, ...], axis_name: AxisName
+) -> Array:
     """sum_i w_i; infinite where that is zero, so that dividing by it gives the promised zero."""
     if weights is None:
-        return jnp.asarray(math.prod(batch_shape), wide_dtype(z.dtype))
-    total = jnp.sum(weights)
+        count = math.prod(batch_shape) * device_count(axis_name)
+        return jnp.asarray(count, wide_dtype(z.dtype))
+    total = sum_over(jnp.sum(weights), axis_name)
     return jnp.where(total == 0, jnp.inf, total)
 
 

@@ -42,9 +42,9 @@ def fisher_vector_product(
       >>> x = jnp.array([[1.0, 2.0], [3.0, 4.0]])
       >>> w = jnp.zeros((2, 1))
       >>> model = lambda w, x: x @ w
-      >>> fvp.fisher_vector_product(model, fvp.Gaussian(scale=2.0), w, x, jnp.ones((2, 1)))
-      Array([[3.  ],
-             [4.25]], dtype=float32)
+      >>> print(fvp.fisher_vector_product(model, fvp.Gaussian(scale=2.0), w, x, jnp.ones((2, 1))))
+      [[3.  ]
+       [4.25]]
     """
     return _one_call(
         operators.fisher, model_fn, head, params, batch, (), vector, weights, chunk_size, batch_axes

@@ -32,8 +32,8 @@ class Gaussian(Head):
 
     Example:
       >>> import jax.numpy as jnp, fvp
-      >>> fvp.Gaussian(scale=2.0).fisher(jnp.zeros((1, 3)), jnp.ones((1, 3)))
-      Array([[0.25, 0.25, 0.25]], dtype=float32)
+      >>> print(fvp.Gaussian(scale=2.0).fisher(jnp.zeros((1, 3)), jnp.ones((1, 3))))
+      [[0.25 0.25 0.25]]
     """
 
     scale: Any = None

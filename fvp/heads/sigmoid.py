@@ -25,8 +25,9 @@ class Sigmoid(Head):
 
     Example:
       >>> import jax.numpy as jnp, fvp
-      >>> fvp.Sigmoid().nll(jnp.zeros((2, 3)), jnp.ones((2, 3)))  # 3 log 2
-      Array([2.0794415, 2.0794415], dtype=float32)
+      >>> print(fvp.Sigmoid().fisher(jnp.zeros((2, 3)), jnp.ones((2, 3))))
+      [[0.25 0.25 0.25]
+       [0.25 0.25 0.25]]
     """
 
     event_ndim: int = 1

@@ -23,8 +23,9 @@ class Softmax(Head):
     Example:
       >>> import jax.numpy as jnp, fvp
       >>> z = jnp.zeros((2, 4))
-      >>> fvp.Softmax().nll(z, jnp.array([0, 3]))  # log 4
-      Array([1.3862944, 1.3862944], dtype=float32)
+      >>> print(fvp.Softmax().score(z, jnp.array([0, 3])))
+      [[ 0.75 -0.25 -0.25 -0.25]
+       [-0.25 -0.25 -0.25  0.75]]
     """
 
     @property

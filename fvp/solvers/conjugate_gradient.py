@@ -107,9 +107,9 @@ def cg(
 
     Example:
       >>> import jax.numpy as jnp, fvp
-      >>> x, info = fvp.cg(lambda v: 4 * v, jnp.array([2.0, 6.0]), damping=1.0)
-      >>> x, int(info.iterations), bool(info.converged)
-      (Array([0.4, 1.2], dtype=float32), 1, True)
+      >>> x, info = fvp.cg(lambda v: 3 * v, jnp.array([2.0, 6.0]), damping=1.0)
+      >>> print(x, info.iterations, info.converged)
+      [0.5 1.5] 1 True
 
     Reference:
       M. Hestenes, E. Stiefel, 1952; J. Martens, Deep learning via Hessian-free optimization, 2010,

@@ -1,0 +1,84 @@
+"""Batches split over mesh axes: sums across devices, and rows that stay where they are.
+
+Under ``jit`` with sharded arrays the compiler does all of this. Two cases need a word:
+inside ``jax.shard_map`` (or a named ``vmap``) each device sees its own examples, and the caller
+names the axes that the batch is split over; on a mesh with Explicit axes an operation must not
+regroup sharded rows.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax import Array
+from jax.sharding import PartitionSpec
+
+from fvp.numerics import widen_tree
+
+AxisName = str | tuple[str, ...] | None
+
+
+def to_local(tree: Any, axis_name: AxisName, name: str) -> Any:
+    """The same values, typed as this device's own, so that derivatives in them stay local.
+
+    Without it ``jax.shard_map`` (with ``check_vma=True``) sums cotangents over devices wherever a
+    replicated value meets a split one: at every time step of a scan, and once more than the
+    explicit sum of :func:`sum_over` in all.
+    """
+    names = axis_name if isinstance(axis_name, tuple) else (axis_name,)
+    manual = jax.sharding.get_abstract_mesh().manual_axes
+    names = tuple(name for name in names if name in manual)  # a named vmap tracks nothing
+    try:
+        return jax.lax.pcast(tree, names, to="varying")
+    except ValueError as error:
+        raise ValueError(
+            f"{name}: expected leaves replicated over the mesh axes axis_name={axis_name!r}"
+            " inside shard_map; leave sharded parameters to jit (without shard_map and axis_name)."
+        ) from error
+
+
+def sum_over(tree: Any, axis_name: AxisName) -> Any:
+    """Sum over devices, in float32 or wider."""
+    return tree if axis_name is None else jax.lax.psum(widen_tree(tree), axis_name)
+
+
+def device_count(axis_name: AxisName) -> int:
+    """How many devices the batch is split over."""
+    return 1 if axis_name is None else jax.lax.psum(1, axis_name)
+
+
+def row_axes(x: Any) -> Any:
+    """The Explicit mesh axes that the first axis of ``x`` is sharded over, or None."""
+    spec = jax.typeof(x).sharding.spec
+    return spec[0] if len(spec) else None
+
+
+def shard_rows(x: Array, rows: Any) -> Array:
+    """``x`` with its first axis sharded over the mesh axes ``rows``."""
+    if rows is None:
+        return x
+    return jax.sharding.reshard(x, PartitionSpec(rows, *jax.typeof(x).sharding.spec[1:]))
+
+
+def shard_count(rows: Any) -> int:
+    """How many parts ``rows`` splits an axis into."""
+    if rows is None:
+        return 1
+    mesh = jax.sharding.get_abstract_mesh()
+    names = rows if isinstance(rows, tuple) else (rows,)
+    count = 1
+    for name in names:
+        count *= mesh.shape[name]
+    return count
+
+
+def map_rows(function: Any, x: Array, rows: Any, in_axis: int, out_axis: int) -> Array:
+    """``function`` of each device's rows: axis ``in_axis`` of ``x``, ``out_axis`` of the result."""
+    if rows is None:
+        return function(x)
+    names = set(rows) if isinstance(rows, tuple) else {rows}
+    in_spec = PartitionSpec(*[None] * in_axis, rows)
+    out_spec = PartitionSpec(*[None] * out_axis, rows)
+    return jax.shard_map(function, in_specs=in_spec, out_specs=out_spec, axis_names=names)(x)
