@@ -57,9 +57,9 @@ def fisher(
       batch_axes: where the example axis of each leaf of ``batch`` is, in the form of the
         ``in_axes`` of ``jax.vmap``; ``None`` marks leaves shared by all examples. Read only with
         ``chunk_size``.
-      axis_name: inside ``jax.shard_map`` (or a named ``vmap``): the mesh axis or axes over which the
-        batch is split, so that the weighted mean is over all devices. Under ``jit`` with sharded
-        arrays leave it None.
+      axis_name: inside ``jax.shard_map`` (or a named ``vmap``), the mesh axis or axes that the
+        batch is split over, so that the weighted mean is over all devices. Under ``jit`` with
+        sharded arrays leave it None.
 
     Returns:
       A :class:`CurvatureOperator` over trees like ``params``.

@@ -1,0 +1,313 @@
+"""Scaling of a product, a CG solve and a training step of a decoder-only transformer over devices.
+
+python benchmarks/scaling.py --preset laptop          # 1, 2, 4, 8 forced CPU devices
+python benchmarks/scaling.py --preset 7b --analyse    # compiled, never run: flops, bytes, memory
+
+Weak scaling keeps the batch per device, strong scaling the whole batch. Forced CPU devices share
+the cores of one machine, so there seconds only show the overhead; flops, bytes of collectives and
+memory are read from the compiled program and mean the same everywhere.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import pathlib
+import re
+import time
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from tqdm import tqdm
+
+import fvp
+
+
+class Preset(NamedTuple):
+    """Sizes of the transformer and of the batch."""
+
+    layers: int
+    width: int
+    heads: int
+    vocabulary: int
+    tokens: int  # per sequence
+    sequences: int  # per device (weak) and per eight devices (strong)
+    dtype: str
+
+
+PRESETS = {
+    "laptop": Preset(2, 64, 4, 256, 32, 4, "float32"),
+    "124m": Preset(12, 768, 12, 50304, 1024, 4, "bfloat16"),
+    "1b": Preset(24, 2048, 16, 50304, 2048, 2, "bfloat16"),
+    "7b": Preset(32, 4096, 32, 50304, 2048, 1, "bfloat16"),
+}
+CG_ITERATIONS = 10
+# Dense bfloat16 peak in flop/s by the manufacturers' data sheets.
+PEAK_FLOPS = {
+    "NVIDIA A100": 312e12,
+    "NVIDIA H100": 989e12,
+    "NVIDIA H200": 989e12,
+    "TPU v4": 275e12,
+    "TPU v5 lite": 197e12,
+    "TPU v5": 459e12,
+    "TPU v6 lite": 918e12,
+}
+
+
+def init(preset: Preset, key: jax.Array) -> Any:
+    """Parameters with the layers stacked on a leading axis, in float32."""
+    d, layers = preset.width, preset.layers
+    keys = iter(jax.random.split(key, 6))
+
+    def normal(*shape: int) -> jax.Array:
+        return jax.random.normal(next(keys), shape) / math.sqrt(shape[-2])
+
+    return {
+        "embedding": normal(preset.vocabulary, d) * math.sqrt(preset.vocabulary / d),
+        "position": normal(preset.tokens, d) * 0.1,
+        "layers": {
+            "norm1": jnp.ones((layers, d)),
+            "qkv": normal(layers, d, 3 * d),
+            "out": normal(layers, d, d),
+            "norm2": jnp.ones((layers, d)),
+            "up": normal(layers, d, 4 * d),
+            "down": normal(layers, 4 * d, d),
+        },
+        "norm": jnp.ones(d),
+    }
+
+
+def model_fn_of(preset: Preset) -> Callable[[Any, jax.Array], jax.Array]:
+    """Pre-norm transformer with causal attention and tied output weights: tokens -> logits."""
+    dtype = jnp.dtype(preset.dtype)
+
+    def norm(x: jax.Array, scale: jax.Array) -> jax.Array:
+        wide = x.astype(jnp.float32)
+        wide *= jax.lax.rsqrt(jnp.mean(wide * wide, axis=-1, keepdims=True) + 1e-6)
+        return (wide * scale).astype(dtype)
+
+    def layer(x: jax.Array, p: Any) -> tuple[jax.Array, None]:
+        b, t, d = x.shape
+        qkv = norm(x, p["norm1"]) @ p["qkv"].astype(dtype)
+        q, k, v = jnp.moveaxis(qkv.reshape(b, t, 3, preset.heads, -1), 2, 0)
+        attended = jax.nn.dot_product_attention(q, k, v, is_causal=True)
+        x = x + attended.reshape(b, t, d) @ p["out"].astype(dtype)
+        hidden = jax.nn.gelu(norm(x, p["norm2"]) @ p["up"].astype(dtype))
+        return x + hidden @ p["down"].astype(dtype), None
+
+    def model_fn(params: Any, tokens: jax.Array) -> jax.Array:
+        embedding = params["embedding"].astype(dtype)
+        x = embedding[tokens] + params["position"].astype(dtype)
+        x, _ = jax.lax.scan(layer, x, params["layers"])
+        return norm(x, params["norm"]) @ embedding.T
+
+    return model_fn
+
+
+def programs(preset: Preset) -> dict[str, Callable[..., Any]]:
+    """What is measured: each a function of (params, tokens, targets)."""
+    head, model_fn = fvp.Softmax(), model_fn_of(preset)
+    tx = fvp.natural_gradient(0.1, model_fn, head, damping=0.1, maxiter=CG_ITERATIONS, tol=0.0)
+
+    def gradient(params: Any, tokens: Any, targets: Any) -> Any:
+        return jax.grad(lambda p: head.nll(model_fn(p, tokens), targets).mean())(params)
+
+    def product(params: Any, tokens: Any, targets: Any) -> Any:
+        del targets
+        return fvp.fisher_vector_product(model_fn, head, params, tokens, params)
+
+    def solve(params: Any, tokens: Any, targets: Any) -> Any:
+        del targets
+        operator = fvp.fisher(model_fn, head, params, tokens)
+        return fvp.cg(operator, params, damping=0.1, maxiter=CG_ITERATIONS, tol=0.0)[0]
+
+    def step(params: Any, tokens: Any, targets: Any) -> Any:
+        operator = fvp.fisher(model_fn, head, params, tokens)
+        _, grads = operator.value_and_grad(targets)
+        updates, _ = tx.update(grads, tx.init(params), params, operator=operator)
+        return optax.apply_updates(params, updates)
+
+    return {"gradient": gradient, "product": product, "cg": solve, "step": step}
+
+
+def shardings(params: Any, mesh: Mesh, layout: str) -> Any:
+    """Replicated parameters ("dp"), or each split along its largest divisible axis ("fsdp")."""
+
+    def spec(x: Any) -> NamedSharding:
+        axes: list[Any] = [None] * x.ndim
+        if layout == "fsdp":
+            axis = int(np.argmax(x.shape))
+            if x.shape[axis] % mesh.size == 0:
+                axes[axis] = "data"
+        return NamedSharding(mesh, PartitionSpec(*axes))
+
+    return jax.tree.map(spec, params)
+
+
+def collective_bytes(text: str) -> int:
+    """Bytes of the results of all collectives in a compiled program, each counted once."""
+    size = {"f64": 8, "f32": 4, "bf16": 2, "f16": 2, "s32": 4, "u32": 4, "pred": 1}
+    total = 0
+    pattern = r"= (.*?) (?:all-reduce|all-gather|reduce-scatter|all-to-all)(?:-start)?\("
+    for result in re.findall(pattern, text):
+        for kind, shape in re.findall(r"(\w+)\[([\d,]*)\]", result):
+            total += size.get(kind, 4) * math.prod(int(n) for n in shape.split(",") if n)
+    return total
+
+
+def measure(
+    name: str, program: Callable[..., Any], arguments: Any, out: Any, count: int, repeats: int
+) -> dict[str, Any]:
+    """Compiles ``program``, reads its costs, and runs it ``repeats`` times (0: never)."""
+    shape = arguments[1].shape
+    jitted = jax.jit(program, out_shardings=out)
+    start = time.perf_counter()
+    compiled = jitted.lower(*arguments).compile()
+    row: dict[str, Any] = {"program": name, "devices": count, "sequences": shape[0]}
+    row["compile_seconds"] = time.perf_counter() - start
+    cost, memory = compiled.cost_analysis(), compiled.memory_analysis()
+    # XLA counts the body of a loop once and per device.
+    row["flops_per_device"] = cost.get("flops", math.nan) if cost else math.nan
+    row["collective_bytes"] = collective_bytes(compiled.as_text() or "")
+    row["temporary_bytes"] = memory.temp_size_in_bytes if memory else None
+    if repeats:
+        jax.block_until_ready(compiled(*arguments))
+        seconds = []
+        for _ in range(repeats):
+            start = time.perf_counter()
+            jax.block_until_ready(compiled(*arguments))
+            seconds.append(time.perf_counter() - start)
+        row["seconds"] = float(np.median(seconds))
+        row["tokens_per_second"] = math.prod(shape) / row["seconds"]
+        products = {"product": 1, "cg": CG_ITERATIONS, "step": CG_ITERATIONS}.get(name)
+        if products:
+            row["products_per_second"] = products / row["seconds"]
+        peak = next(
+            (v for k, v in PEAK_FLOPS.items() if jax.devices()[0].device_kind.startswith(k)), None
+        )
+        if peak and name in ("gradient", "product"):
+            row["fraction_of_peak"] = row["flops_per_device"] / row["seconds"] / peak
+    return row
+
+
+def run(arguments: argparse.Namespace) -> list[dict[str, Any]]:
+    """All programs over all device counts, weak and strong."""
+    preset = PRESETS[arguments.preset]
+    devices = jax.devices()
+    counts = [n for n in (2**k for k in range(20)) if n <= len(devices)]
+    suite = programs(preset)
+    cases = [
+        (mode, n, name)
+        for mode in ("weak", "strong")
+        for n in counts
+        for name in suite
+        if mode == "weak" or 8 * preset.sequences % n == 0
+    ]
+    rows: list[dict[str, Any]] = []
+    done: dict[tuple[int, int, str], dict[str, Any]] = {}
+    for mode, n, name in tqdm(cases, desc=arguments.preset, unit="program"):
+        mesh = Mesh(np.array(devices[:n]), ("data",))
+        shapes = jax.eval_shape(lambda: init(preset, jax.random.key(0)))
+        layout = shardings(shapes, mesh, arguments.layout)
+        rows_sharding = NamedSharding(mesh, PartitionSpec("data"))
+        sequences = preset.sequences * (n if mode == "weak" else 8)
+        if (n, sequences, name) in done:  # where weak and strong scaling meet
+            rows.append({"mode": mode, **done[n, sequences, name]})
+            continue
+        tokens_shape = (sequences, preset.tokens)
+        if arguments.analyse:
+            place = lambda s, where: jax.ShapeDtypeStruct(s.shape, s.dtype, sharding=where)
+            tokens = jax.ShapeDtypeStruct(tokens_shape, jnp.int32, sharding=rows_sharding)
+            data = (jax.tree.map(place, shapes, layout), tokens, tokens)
+        else:
+            params = jax.jit(lambda: init(preset, jax.random.key(0)), out_shardings=layout)()
+            numbers = np.random.default_rng(0).integers(0, preset.vocabulary, tokens_shape)
+            tokens = jax.device_put(numbers.astype(np.int32), rows_sharding)
+            data = (params, tokens, jnp.roll(tokens, -1, axis=1))
+        repeats = 0 if arguments.analyse else arguments.repeats
+        row = measure(name, suite[name], data, layout, n, repeats)
+        row["parameter_bytes"] = sum(4 * math.prod(s.shape) for s in jax.tree.leaves(shapes))
+        done[n, sequences, name] = row
+        rows.append({"mode": mode, **row})
+    return rows
+
+
+def report(rows: list[dict[str, Any]]) -> None:
+    """Prints the table."""
+    print(
+        f"{'mode':7}{'program':10}{'devices':>8}{'seqs':>6}{'seconds':>10}{'tokens/s':>12}"
+        f"{'Gflop/dev':>11}{'coll. MB':>10}{'coll/params':>12}{'temp MB':>10}"
+    )
+    for r in rows:
+        print(
+            f"{r['mode']:7}{r['program']:10}{r['devices']:>8}{r['sequences']:>6}"
+            f"{r.get('seconds', math.nan):>10.4f}{r.get('tokens_per_second', math.nan):>12.0f}"
+            f"{r['flops_per_device'] / 1e9:>11.3f}{r['collective_bytes'] / 1e6:>10.2f}"
+            f"{r['collective_bytes'] / r['parameter_bytes']:>12.2f}"
+            f"{(r['temporary_bytes'] or math.nan) / 1e6:>10.1f}"
+        )
+
+
+def plot(rows: list[dict[str, Any]], path: pathlib.Path) -> None:
+    """Seconds, flops per device and temporary memory against devices, weak and strong."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    panels = [
+        ("seconds", 1, "seconds per call"),
+        ("flops_per_device", 1e9, "Gflop per device"),
+        ("temporary_bytes", 1e6, "temporary MB per device"),
+    ]
+    panels = [panel for panel in panels if panel[0] in rows[0]]
+    figure, axes = plt.subplots(
+        2, len(panels), figsize=(4 * len(panels), 6.5), sharex=True, squeeze=False
+    )
+    for line, mode in zip(axes, ("weak", "strong"), strict=True):
+        for axis, (field, unit, label) in zip(line, panels, strict=True):
+            for name in ("gradient", "product", "cg", "step"):
+                chosen = [r for r in rows if r["mode"] == mode and r["program"] == name]
+                devices = [r["devices"] for r in chosen]
+                axis.plot(devices, [r[field] / unit for r in chosen], "o-", label=name)
+            axis.set(xscale="log", yscale="log", title=f"{mode} scaling", ylabel=label)
+            axis.set_xticks(devices, [str(n) for n in devices])
+            axis.minorticks_off() if len(devices) > 1 else None
+            axis.grid(alpha=0.3)
+    for axis in axes[-1]:
+        axis.set_xlabel("devices")
+    axes[0][0].legend()
+    figure.tight_layout()
+    figure.savefig(path, dpi=130)
+
+
+def main() -> None:
+    """Command line."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
+    parser.add_argument("--preset", choices=PRESETS, default="laptop")
+    parser.add_argument("--layout", choices=("dp", "fsdp"), default="dp")
+    parser.add_argument("--cpu-devices", type=int, help="force this many CPU devices (laptop: 8)")
+    parser.add_argument("--repeats", type=int, default=5)
+    parser.add_argument("--analyse", action="store_true", help="compile only, run nothing")
+    parser.add_argument("--output", type=pathlib.Path, default=pathlib.Path("out"))
+    arguments = parser.parse_args()
+    forced = arguments.cpu_devices or (8 if arguments.preset == "laptop" else None)
+    if forced:
+        jax.config.update("jax_num_cpu_devices", forced)
+    rows = run(arguments)
+    report(rows)
+    arguments.output.mkdir(parents=True, exist_ok=True)
+    stem = arguments.output / f"scaling_{arguments.preset}_{arguments.layout}"
+    stem.with_suffix(".json").write_text(json.dumps(rows, indent=1))
+    plot(rows, stem.with_suffix(".png"))
+    print(f"saved {stem.with_suffix('.json')} and {stem.with_suffix('.png')}")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,29 @@
+"""Shared test setup: float64 references, and warnings that fail."""
+
+import jax
+import pytest
+
+jax.config.update("jax_enable_x64", True)
+
+
+def pytest_configure(config):
+    # A warning of the library is a message to its user, so no test may cause one unnoticed.
+    config.addinivalue_line("filterwarnings", "error")
+
+
+@pytest.fixture(scope="session")
+def build():
+    """Build the operator of one curvature by name, with the one signature all five share."""
+    import fvp
+
+    def build_operator(curvature, model, head, params, batch, targets, key, **options):
+        arguments = {
+            "fisher": (),
+            "ggn": (targets,),
+            "empirical_fisher": (targets,),
+            "mc_fisher": (key,),
+            "hessian": (targets,),
+        }[curvature]
+        return getattr(fvp, curvature)(model, head, params, batch, *arguments, **options)
+
+    return build_operator

@@ -1,0 +1,264 @@
+"""chunk_size bounds memory and changes nothing else."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from dense import CASES, CURVATURES, mlp, parameters, quick_jit, relative_error
+
+import fvp
+
+ALL_CURVATURES = (*CURVATURES, "mc_fisher")
+KEY = jax.random.key(11)
+
+every_curvature = pytest.mark.parametrize("curvature", ALL_CURVATURES)
+
+
+def problem(case, batch_axes, dtype=jnp.float64):
+    rng = np.random.default_rng(0)
+    params = parameters(rng, case.size)
+    vector = parameters(rng, case.size)
+    batch = jnp.asarray(rng.normal(size=(*batch_axes, 2)))
+    weights = rng.uniform(0.2, 2.0, batch_axes)
+    cast = jax.tree.map(lambda a: jnp.asarray(a, dtype), (params, batch, weights, vector))
+    return *cast, case.targets(rng, batch_axes)
+
+
+def results(build, curvature, case, chunk_size, params, batch, weights, vector, targets):
+    """Everything that an operator computes from chunks."""
+    operator = build(
+        curvature, mlp(case.event_shape), case.head, params, batch, targets, KEY,
+        weights=weights, chunk_size=chunk_size,
+    )  # fmt: skip
+    return {
+        "product": operator @ vector,
+        "quadratic_form": operator.quadratic_form(vector),
+        "output": operator.output,
+        "value_and_grad": operator.value_and_grad(targets),
+    }
+
+
+def dtypes(tree):
+    return jax.tree.map(lambda a: a.dtype, tree)
+
+
+@pytest.fixture(scope="module")
+def check(build):
+    """Compare an operator in chunks with the whole one, which is computed once."""
+    whole = {}
+
+    def check_chunked(curvature, name, batch_axes, chunk_size, dtype=jnp.float64, tolerance=1e-12):
+        case = CASES[name]
+        arguments = problem(case, batch_axes, dtype)
+
+        def computed(chunk_size):
+            compiled = quick_jit(functools.partial(results, build, curvature, case, chunk_size))
+            return compiled(*arguments)
+
+        key = curvature, name, batch_axes, dtype
+        if key not in whole:
+            whole[key] = computed(None)
+        for item, value in computed(chunk_size).items():
+            expected = whole[key][item]
+            assert relative_error(value, expected) < tolerance, item
+            assert dtypes(value) == dtypes(expected), item
+
+    return check_chunked
+
+
+# 6 = 2 x 3 splits evenly even by 4, into 3 + 3; 7 leaves a remainder for each of 2 to 6.
+@every_curvature
+@pytest.mark.parametrize(
+    ("count", "chunk_size"),
+    [(6, 2), (6, 3), (6, 4), (7, 1), (7, 2), (7, 3), (7, 5), (7, 6), (7, 7), (7, 8), (7, 100)],
+)
+def test_chunked_equals_unchunked(check, curvature, count, chunk_size):
+    check(curvature, "softmax", (count,), chunk_size)
+
+
+@every_curvature
+def test_chunked_equals_unchunked_with_two_batch_axes(check, curvature):
+    check(curvature, "gaussian-precision", (5, 3), 2)
+
+
+@every_curvature
+def test_chunked_equals_unchunked_in_float32(check, curvature):
+    check(curvature, "sigmoid", (7,), 4, jnp.float32, 1e-6)
+
+
+@pytest.mark.parametrize("shape", [(), (1,), (3,), (1, 3), (5, 1), (1, 1)], ids=str)
+def test_broadcast_weights_in_chunks(build, shape):
+    case = CASES["softmax-rows"]
+    params, batch, _, vector, targets = problem(case, (5, 3))
+    weights = np.random.default_rng(1).uniform(0.2, 2.0, shape)
+
+    @quick_jit
+    def products(weights):
+        arguments = mlp(case.event_shape), case.head, params, batch, targets, KEY
+        operators = [
+            build("empirical_fisher", *arguments, weights=weights, chunk_size=size)
+            for size in (3, None)
+        ]
+        return [operator @ vector for operator in operators]
+
+    assert relative_error(*products(weights)) < 1e-12
+
+
+@every_curvature
+def test_masked_rows_leave_no_trace_in_chunks(build, curvature):
+    """Whole chunks may be masked, and the padding of the last chunk is masked like any row."""
+    case = CASES["softmax"]
+    inner = mlp(case.event_shape)
+    params, batch, _, vector, targets = problem(case, (7,))
+    masked = np.array([1, 2, 4, 5])
+    weights = np.ones(7)
+    weights[masked] = 0
+    offset = np.zeros((7, 3))
+    offset[masked] = np.nan
+
+    def model(params, batch):
+        return inner(params, batch[0]) + batch[1]
+
+    @quick_jit
+    def product(offset, targets, chunked):
+        return [
+            build(
+                curvature, model, case.head, params, (batch, offset), targets, KEY,
+                weights=weights, chunk_size=chunk_size,
+            ) @ vector
+            for chunk_size in ([3, 2] if chunked is not None else [None])
+        ]  # fmt: skip
+
+    expected = product(np.zeros((7, 3)), targets, None)[0]
+    for actual in product(offset, targets.at[masked].set(-100), True):
+        assert relative_error(actual, expected) < 1e-12
+
+
+@every_curvature
+def test_weights_that_sum_to_zero_give_zero_in_chunks(build, curvature):
+    case = CASES["softmax"]
+    params, batch, weights, vector, targets = problem(case, (7,))
+    arguments = params, batch, 0 * weights, vector, targets
+    computed = quick_jit(functools.partial(results, build, curvature, case, 4))(*arguments)
+    del computed["output"]
+    for leaf in jax.tree.leaves(computed):
+        assert np.array_equal(leaf, np.zeros(leaf.shape))
+
+
+# --- batch_axes -------------------------------------------------------------------------------
+
+
+def two_input_model(params, batch):
+    """x with its examples on axis 1, one scale per example, and a shift shared by all."""
+    x = (batch["x"].T + batch["shared"]["shift"]) * batch["scale"][:, None]
+    return mlp((3,))(params, x)
+
+
+def two_input_batch():
+    rng = np.random.default_rng(4)
+    return {
+        "x": rng.normal(size=(2, 7)),
+        "scale": rng.uniform(0.5, 2.0, 7),
+        "shared": {"shift": rng.normal(size=2), "unused": np.arange(5), "none": None},
+    }
+
+
+@every_curvature
+@pytest.mark.parametrize("axis", [1, -1])
+def test_batch_axes_name_the_example_axis_of_each_leaf(build, curvature, axis):
+    case = CASES["softmax"]
+    params, _, weights, vector, targets = problem(case, (7,))
+    batch_axes = {"x": axis, "scale": 0, "shared": None}
+
+    @quick_jit
+    def products(params, batch):
+        arguments = case.head, params, batch, targets, KEY
+        chunked = build(
+            curvature, two_input_model, *arguments,
+            weights=weights, chunk_size=4, batch_axes=batch_axes,
+        )  # fmt: skip
+        whole = build(curvature, two_input_model, *arguments, weights=weights)
+        return chunked @ vector, whole @ vector, chunked.output, whole.output
+
+    chunked, whole, chunked_output, whole_output = products(params, two_input_batch())
+    assert relative_error(chunked, whole) < 1e-12
+    assert relative_error(chunked_output, whole_output) < 1e-12
+
+
+def test_batch_axes_of_a_bare_array(build):
+    case = CASES["softmax"]
+    inner = mlp(case.event_shape)
+    params, batch, _, vector, _ = problem(case, (7,))
+    chunked = fvp.fisher(
+        lambda params, x: inner(params, x.T), case.head, params, batch.T,
+        chunk_size=4, batch_axes=1,
+    )  # fmt: skip
+    expected = fvp.fisher(inner, case.head, params, batch) @ vector
+    assert relative_error(chunked @ vector, expected) < 1e-12
+
+
+# --- Transformations, Monte Carlo, memory -----------------------------------------------------
+
+
+@every_curvature
+def test_chunked_operator_crosses_jit_and_vmaps(build, curvature):
+    case = CASES["softmax"]
+    params, batch, weights, vector, targets = problem(case, (7,))
+
+    @quick_jit
+    def build_both(params, batch):
+        arguments = mlp(case.event_shape), case.head, params, batch, targets, KEY
+        return [
+            build(curvature, *arguments, weights=weights, chunk_size=size) for size in (4, None)
+        ]
+
+    chunked, whole = build_both(params, batch)
+    stacked = jax.tree.map(lambda v: jnp.stack([v, 2 * v, -v]), vector)
+    products = quick_jit(jax.vmap(lambda operator, v: operator @ v, (None, 0)))
+    assert relative_error(products(chunked, stacked), products(whole, stacked)) < 1e-12
+    dense = quick_jit(lambda operator: operator.dense())
+    assert relative_error(dense(chunked), dense(whole)) < 1e-12
+    gradient = quick_jit(jax.grad(lambda v, operator: operator.quadratic_form(v)))
+    assert relative_error(gradient(vector, chunked), gradient(vector, whole)) < 1e-12
+
+
+@pytest.mark.parametrize("name", ["softmax", "sigmoid-2d", "gaussian-vector"])
+def test_monte_carlo_labels_do_not_depend_on_the_chunks(name):
+    case = CASES[name]
+    params, batch, weights, vector, _ = problem(case, (7,))
+
+    @quick_jit
+    def products(key):
+        def product(chunk_size):
+            operator = fvp.mc_fisher(
+                mlp(case.event_shape), case.head, params, batch, key,
+                num_samples=3, weights=weights, chunk_size=chunk_size,
+            )  # fmt: skip
+            return operator @ vector
+
+        return [product(chunk_size) for chunk_size in (None, 1, 4, 100)]
+
+    whole, *chunked = products(KEY)
+    for product in chunked:
+        assert relative_error(product, whole) < 1e-12
+
+
+@every_curvature
+def test_chunks_bound_the_memory_of_a_product(build, curvature):
+    case = CASES["softmax"]
+    params, batch, _, vector, targets = problem(case, (4096,))
+
+    def temporaries(chunk_size):
+        def product(params, vector):
+            operator = build(
+                curvature, mlp(case.event_shape), case.head, params, batch, targets, KEY,
+                chunk_size=chunk_size,
+            )  # fmt: skip
+            return operator @ vector
+
+        compiled = quick_jit(product).lower(params, vector).compile()
+        return compiled.memory_analysis().temp_size_in_bytes
+
+    assert temporaries(32) < temporaries(None) / 8

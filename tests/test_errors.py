@@ -1,0 +1,293 @@
+"""Wrong input raises at trace time and says which argument, what came and what is expected."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import fvp
+
+SOFTMAX, SIGMOID, GAUSSIAN = fvp.Softmax(), fvp.Sigmoid(), fvp.Gaussian()
+PARAMS = {"w": jnp.ones((2, 3)), "b": jnp.zeros(3)}
+BATCH = jnp.ones((6, 2))
+LABELS = jnp.zeros(6, jnp.int32)
+KEY = jax.random.key(0)
+CURVATURES = ["fisher", "ggn", "empirical_fisher", "mc_fisher", "hessian"]
+
+every_curvature = pytest.mark.parametrize("curvature", CURVATURES)
+with_targets = pytest.mark.parametrize("curvature", ["ggn", "empirical_fisher", "hessian"])
+whole_and_chunked = pytest.mark.parametrize("chunk_size", [None, 4], ids=["whole", "chunked"])
+
+
+def model(params, x):
+    return x @ params["w"] + params["b"]
+
+
+def raises(error, *parts):
+    """The message holds every part, whatever stands between them."""
+    return pytest.raises(error, match="".join(f"(?=(?s:.*)(?:{part}))" for part in parts))
+
+
+def trace(build, curvature, model_fn=model, head=SOFTMAX, params=PARAMS, batch=BATCH,
+          targets=LABELS, **options):  # fmt: skip
+    """Build and apply under abstract evaluation: no number is ever computed."""
+
+    def product(params, batch, targets):
+        operator = build(curvature, model_fn, head, params, batch, targets, KEY, **options)
+        return operator.mv(params)
+
+    return jax.eval_shape(product, params, batch, targets)
+
+
+@every_curvature
+def test_valid_input_traces(build, curvature):
+    assert jax.tree.structure(trace(build, curvature)) == jax.tree.structure(PARAMS)
+
+
+# --- The output of the model ------------------------------------------------------------------
+
+
+@every_curvature
+@whole_and_chunked
+@pytest.mark.parametrize("head", [SIGMOID, GAUSSIAN], ids=["sigmoid", "gaussian"])
+def test_output_without_event_axis(build, curvature, head, chunk_size):
+    with raises(ValueError, r"z\[:, None\]", r"\(6,\)"):
+        trace(
+            build, curvature, lambda p, x: model(p, x)[:, 0], head,
+            targets=jnp.zeros(6), chunk_size=chunk_size,
+        )  # fmt: skip
+
+
+def test_softmax_output_without_batch_axis(build):
+    with raises(ValueError, r"z\[:, None\]", r"\(3,\)"):
+        trace(build, "fisher", lambda p, x: model(p, x)[0])
+
+
+def test_one_call_products_check_the_output():
+    calls = {
+        fvp.fisher_vector_product: (),
+        fvp.ggn_vector_product: (jnp.zeros(6),),
+        fvp.empirical_fisher_vector_product: (jnp.zeros(6),),
+    }
+    for product, targets in calls.items():
+        with raises(ValueError, r"z\[:, None\]", r"\(6,\)"):
+            product(lambda p, x: model(p, x)[:, 0], GAUSSIAN, PARAMS, BATCH, *targets, PARAMS)
+
+
+def test_scalar_output_with_event_ndim_zero(build):
+    with raises(ValueError, "batch ax", r"\(\)"):
+        trace(build, "fisher", lambda p, x: model(p, x).sum(), fvp.Gaussian(event_ndim=0))
+
+
+@every_curvature
+@whole_and_chunked
+def test_output_that_is_not_an_array(build, curvature, chunk_size):
+    with raises(TypeError, "model", "tuple"):
+        trace(build, curvature, lambda p, x: (model(p, x), x), chunk_size=chunk_size)
+    with raises(TypeError, "model", "dict"):
+        trace(build, curvature, lambda p, x: {"logits": model(p, x)}, chunk_size=chunk_size)
+
+
+@every_curvature
+@whole_and_chunked
+def test_integer_output(build, curvature, chunk_size):
+    with raises(TypeError, r"model_fn|\bz\b", "int32"):
+        trace(
+            build, curvature, lambda p, x: model(p, x).argmax(-1)[:, None].astype(jnp.int32),
+            chunk_size=chunk_size,
+        )  # fmt: skip
+
+
+@every_curvature
+@whole_and_chunked
+def test_empty_batch(build, curvature, chunk_size):
+    with raises(ValueError, "batch", r"\(0, 3\)|empty|no examples"):
+        trace(build, curvature, batch=BATCH[:0], targets=LABELS[:0], chunk_size=chunk_size)
+
+
+def test_model_that_is_not_callable(build):
+    with raises(TypeError, "model_fn"):
+        trace(build, "fisher", model_fn=PARAMS["w"])
+
+
+def test_head_that_is_not_a_head(build):
+    with raises(TypeError, "head", "softmax"):
+        trace(build, "fisher", head="softmax")
+    with raises(TypeError, "head"):
+        trace(build, "fisher", head=fvp.Softmax)  # the class, not called
+
+
+# --- Heads and their outputs ------------------------------------------------------------------
+
+
+def test_scale_that_does_not_fit_the_output(build):
+    with raises(ValueError, "scale", r"\(4,\)", r"3"):
+        trace(build, "fisher", head=fvp.Gaussian(scale=np.ones(4)))
+
+
+def test_precision_that_does_not_fit_the_output(build):
+    with raises(ValueError, "precision", r"\(4, 4\)", r"3"):
+        trace(build, "fisher", head=fvp.Gaussian(precision=np.eye(4)))
+
+
+@pytest.mark.parametrize("scale", [-1.0, 0.0, np.array([1.0, -2.0]), np.nan], ids=str)
+def test_scale_that_is_not_positive(scale):
+    with raises(ValueError, "scale", "positive"):
+        fvp.Gaussian(scale=scale)
+
+
+@pytest.mark.parametrize("shape", [(2, 3), (3,), (), (2, 2, 2)], ids=str)
+def test_precision_that_is_not_square(shape):
+    with raises(ValueError, "precision", str(shape).replace("(", r"\(").replace(")", r"\)")):
+        fvp.Gaussian(precision=np.ones(shape))
+
+
+def test_precision_with_a_shape_known_only_under_trace():
+    with raises(ValueError, "precision", r"\(2, 3\)"):
+        jax.eval_shape(
+            lambda p: fvp.Gaussian(precision=p).nll(jnp.ones((6, 3)), jnp.ones((6, 3))),
+            jnp.ones((2, 3)),
+        )
+
+
+def test_scale_and_precision_together():
+    with raises(ValueError, "scale", "precision"):
+        fvp.Gaussian(scale=2.0, precision=np.eye(2))
+
+
+@pytest.mark.parametrize("family", [fvp.Sigmoid, fvp.Gaussian])
+def test_event_ndim_that_counts_no_axes(family):
+    with raises(ValueError, "event_ndim", "-1"):
+        family(event_ndim=-1)
+    for wrong in (1.0, "1", None):
+        with raises(TypeError, "event_ndim", str(wrong)):
+            family(event_ndim=wrong)
+
+
+# --- Targets and weights ----------------------------------------------------------------------
+
+
+@with_targets
+@whole_and_chunked
+@pytest.mark.parametrize("shape", [(5,), (6, 1), (), (1,)], ids=str)
+def test_labels_of_the_wrong_shape(build, curvature, shape, chunk_size):
+    with raises(ValueError, "targets", str(shape).replace("(", r"\(").replace(")", r"\)"), r"\(6"):
+        trace(build, curvature, targets=jnp.zeros(shape, jnp.int32), chunk_size=chunk_size)
+
+
+@with_targets
+@pytest.mark.parametrize("head", [SIGMOID, GAUSSIAN], ids=["sigmoid", "gaussian"])
+def test_targets_never_broadcast(build, curvature, head):
+    for shape in [(6,), (6, 1), (1, 3)]:
+        pattern = str(shape).replace("(", r"\(").replace(")", r"\)")
+        with raises(ValueError, "targets", pattern, r"\(6, 3\)"):
+            trace(build, curvature, head=head, targets=jnp.zeros(shape))
+
+
+def test_floating_point_labels(build):
+    with raises((TypeError, ValueError), "targets", "integer"):
+        trace(build, "ggn", targets=jnp.zeros(6))
+
+
+@with_targets
+def test_targets_that_are_missing(build, curvature):
+    with raises((TypeError, ValueError), "targets", "None"):
+        trace(build, curvature, targets=None)
+
+
+@whole_and_chunked
+def test_value_and_grad_checks_its_targets(chunk_size):
+    operator = fvp.fisher(model, SOFTMAX, PARAMS, BATCH, chunk_size=chunk_size)
+    with raises(ValueError, "targets", r"\(5,\)", "6"):
+        operator.value_and_grad(LABELS[:5])
+
+
+@every_curvature
+@whole_and_chunked
+@pytest.mark.parametrize("shape", [(5,), (6, 1), (1, 6), (6, 3), (2, 6), (0,)], ids=str)
+def test_weights_of_the_wrong_shape(build, curvature, shape, chunk_size):
+    pattern = str(shape).replace("(", r"\(").replace(")", r"\)")
+    with raises(ValueError, "weights", pattern, r"\(6,\)"):
+        trace(build, curvature, weights=jnp.ones(shape), chunk_size=chunk_size)
+
+
+# --- Parameters and vectors -------------------------------------------------------------------
+
+
+@every_curvature
+@whole_and_chunked
+def test_integer_parameter(build, curvature, chunk_size):
+    params = {**PARAMS, "steps": jnp.zeros(2, jnp.int32)}
+    with raises(TypeError, "params", "steps", "int32"):
+        trace(build, curvature, params=params, chunk_size=chunk_size)
+
+
+WRONG_VECTORS = {
+    "missing leaf": ({"w": PARAMS["w"]}, ["structure"]),
+    "extra leaf": ({**PARAMS, "c": jnp.zeros(1)}, ["structure"]),
+    "other container": ([PARAMS["b"], PARAMS["w"]], ["structure"]),
+    "bare array": (jnp.zeros(9), ["structure"]),
+    "wrong shape": ({**PARAMS, "w": jnp.ones((3, 2))}, ["w", r"\(3, 2\)", r"\(2, 3\)"]),
+    "broadcastable": ({**PARAMS, "b": jnp.ones(())}, ["b", r"\(\)", r"\(3,\)"]),
+}
+wrong_vector = pytest.mark.parametrize(
+    ("vector", "parts"), WRONG_VECTORS.values(), ids=WRONG_VECTORS.keys()
+)
+
+
+@wrong_vector
+@whole_and_chunked
+def test_vector_unlike_the_params(vector, parts, chunk_size):
+    operator = fvp.fisher(model, SOFTMAX, PARAMS, BATCH, chunk_size=chunk_size)
+    for product in (operator.mv, operator.quadratic_form, lambda v: operator @ v):
+        with raises(ValueError, r"\bv(ector)?\b", *parts):
+            jax.eval_shape(product, vector)
+
+
+@wrong_vector
+def test_one_call_vector_unlike_the_params(vector, parts):
+    with raises(ValueError, r"\bvector\b", *parts):
+        fvp.fisher_vector_product(model, SOFTMAX, PARAMS, BATCH, vector)
+
+
+def test_integer_vector():
+    operator = fvp.fisher(model, SOFTMAX, PARAMS, BATCH)
+    vector = {**PARAMS, "b": jnp.zeros(3, jnp.int32)}
+    with raises(TypeError, r"\bv(ector)?\b", "b", "int32"):
+        operator.mv(vector)
+
+
+# --- Options ----------------------------------------------------------------------------------
+
+
+@every_curvature
+def test_chunk_size_that_counts_no_examples(build, curvature):
+    for wrong in (0, -1):
+        with raises(ValueError, "chunk_size", str(wrong)):
+            trace(build, curvature, chunk_size=wrong)
+    for wrong in (2.0, "2", True):
+        with raises(TypeError, "chunk_size", str(wrong)):
+            trace(build, curvature, chunk_size=wrong)
+
+
+def test_num_samples_that_counts_no_samples(build):
+    with raises(ValueError, "num_samples", "0"):
+        trace(build, "mc_fisher", num_samples=0)
+    with raises(TypeError, "num_samples", "1.5"):
+        trace(build, "mc_fisher", num_samples=1.5)
+
+
+def test_chunks_of_leaves_with_different_numbers_of_examples(build):
+    with raises(ValueError, "batch", "6", "5"):
+        trace(
+            build, "fisher", lambda p, b: model(p, b[0]), batch=(BATCH, jnp.ones(5)), chunk_size=4
+        )
+
+
+def test_chunks_along_axes_that_do_not_exist(build):
+    with raises(ValueError, "batch_axes"):
+        trace(build, "fisher", chunk_size=4, batch_axes=2)
+    with raises(ValueError, "batch_axes"):
+        trace(build, "fisher", chunk_size=4, batch_axes=(0, 0))
+    with raises(ValueError, "batch_axes"):
+        trace(build, "fisher", chunk_size=4, batch_axes=None)

@@ -1,0 +1,460 @@
+"""Heads against the definitions of their distributions."""
+
+import dataclasses
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import scipy.special
+import scipy.stats
+from dense import CASES, quick_jit, relative_error
+
+import fvp
+
+SAMPLED = [case for case in CASES.values() if case.name != "softmax-rows"]  # the head is softmax's
+
+every_case = pytest.mark.parametrize("case", CASES.values(), ids=CASES.keys())
+sampled_case = pytest.mark.parametrize("case", SAMPLED, ids=[case.name for case in SAMPLED])
+
+
+def draw(case, batch_axes, seed=0):
+    """z, y, a tangent u of the shape of z, and a second z."""
+    rng = np.random.default_rng(seed)
+    shape = batch_axes + case.event_shape
+    z, u, step = rng.normal(size=(3, *shape))
+    return jnp.asarray(z), case.targets(rng, batch_axes), jnp.asarray(u), jnp.asarray(z + step)
+
+
+@functools.partial(quick_jit, static_argnames="case")
+def methods(case, z, y, u, z_new):
+    head = case.head
+    return {
+        "nll": head.nll(z, y),
+        "mean": head.mean(z),
+        "score": head.score(z, y),
+        "fisher": head.fisher(z, u),
+        "hessian": head.hessian(z, y, u),
+        "kl": head.kl(z, z_new),
+        "sqrt_fisher_transpose": head.sqrt_fisher_transpose(z, u),
+        "sqrt_fisher": head.sqrt_fisher(z, jnp.ones_like(head.sqrt_fisher_transpose(z, u))),
+    }
+
+
+@functools.partial(quick_jit, static_argnames="case")
+def definitions(case, z, y, u, z_new):
+    """The same by definition, on flat rows."""
+
+    def row(z, y, u, z_new):
+        return {
+            "nll": -case.log_prob(z, y),
+            "mean": case.mean(z),
+            "score": case.score(z, y),
+            "fisher": case.fisher(z) @ u,
+            "hessian": -jax.hessian(case.log_prob)(z, y) @ u,
+            "kl": case.kl(z, z_new),
+        }
+
+    z_rows, u_rows, new_rows = (a.reshape(-1, case.size) for a in (z, u, z_new))
+    return jax.vmap(row)(z_rows, case.rows(y), u_rows, new_rows)
+
+
+@functools.cache
+def evaluated(case, batch_axes):
+    arrays = draw(case, batch_axes)
+    return methods(case, *arrays), definitions(case, *arrays)
+
+
+@functools.partial(quick_jit, static_argnames="case")
+def fisher_blocks(case, z):
+    return jax.vmap(case.fisher)(z.reshape(-1, case.size))
+
+
+# --- Each method against its definition -------------------------------------------------------
+
+
+@every_case
+@pytest.mark.parametrize("batch_axes", [(6,), (2, 3)], ids=["B", "BT"])
+@pytest.mark.parametrize("method", ["nll", "mean", "score", "fisher", "hessian", "kl"])
+def test_method_equals_its_definition(case, batch_axes, method):
+    actual, expected = evaluated(case, batch_axes)
+    event_shape = () if method in ("nll", "kl") else case.event_shape
+    expected = expected[method].reshape(batch_axes + event_shape)
+    assert relative_error(actual[method], expected) < 1e-12
+
+
+@every_case
+@pytest.mark.parametrize("size", [1.0, 0.0])  # zero logits are where every network starts
+def test_nll_can_be_differentiated_twice(case, size):
+    z, y, u, _ = draw(case, (6,))
+    z = size * z
+
+    @quick_jit
+    def derivatives(z, u):
+        gradient = jax.grad(lambda z: case.head.nll(z, y).sum())
+        return jax.jvp(gradient, (z,), (u,))
+
+    gradient, hessian = derivatives(z, u)
+    expected = definitions(case, z, y, u, z)
+    assert relative_error(gradient, -expected["score"].reshape(z.shape)) < 1e-12
+    assert relative_error(hessian, expected["hessian"].reshape(z.shape)) < 1e-12
+
+
+@every_case
+def test_kl_of_equal_distributions_is_exactly_zero(case):
+    z, *_ = draw(case, (2, 3))
+    kl = quick_jit(lambda z, z_new: case.head.kl(z, z_new))
+    assert np.array_equal(kl(z, z), np.zeros((2, 3)))
+
+
+# --- Normalisation ----------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", ["softmax", "softmax-rows", "sigmoid", "sigmoid-0d", "sigmoid-2d"])
+def test_probabilities_of_all_outcomes_sum_to_one(name):
+    case = CASES[name]
+    z, *_ = draw(case, (5,))
+    event = () if case.integer_targets else case.event_shape
+    total = sum(
+        jnp.exp(-case.head.nll(z, jnp.broadcast_to(outcome.reshape(event), (5, *event))))
+        for outcome in case.outcomes
+    )
+    np.testing.assert_allclose(total, 1.0, rtol=1e-13)
+
+
+def test_gaussian_nll_equals_scipy():
+    rng = np.random.default_rng(0)
+    z, y = rng.normal(size=(2, 5, 3))
+    scale = np.array([0.5, 1.3, 2.0])
+    independent = -scipy.stats.norm.logpdf(y, z, scale).sum(-1)
+    np.testing.assert_allclose(fvp.Gaussian(scale=scale).nll(z, y), independent, rtol=1e-13)
+    precision = CASES["gaussian-precision"].precision
+    joint = -scipy.stats.multivariate_normal(cov=np.linalg.inv(precision)).logpdf(y - z)
+    np.testing.assert_allclose(fvp.Gaussian(precision=precision).nll(z, y), joint, rtol=1e-12)
+
+
+def test_gaussian_default_is_the_unit_gaussian():
+    z, y = np.random.default_rng(0).normal(size=(2, 5, 3))
+    expected = -scipy.stats.norm.logpdf(y, z).sum(-1)
+    np.testing.assert_allclose(fvp.Gaussian().nll(z, y), expected, rtol=1e-13)
+
+
+def test_binary_targets_may_be_integers():
+    z, y, *_ = draw(CASES["sigmoid"], (6,))
+    head = fvp.Sigmoid()
+    for method in (head.nll, head.score):
+        assert np.array_equal(method(z, y.astype(jnp.int32)), method(z, y))
+
+
+# --- The square root of the Fisher matrix -----------------------------------------------------
+
+
+@every_case
+def test_sqrt_fisher_is_a_square_root_with_at_most_one_column_per_output(case):
+    z, *_ = draw(case, (6,))
+    columns = jax.eval_shape(case.head.sqrt_fisher_transpose, z, z)
+    count = columns.size // 6
+    assert columns.shape[0] == 6
+    assert count <= case.size
+    basis = np.broadcast_to(np.eye(count)[:, None], (count, 6, count))
+    basis = basis.reshape(count, *columns.shape)
+    s = quick_jit(jax.vmap(lambda w: case.head.sqrt_fisher(z, w)))(basis)
+    s = s.reshape(count, 6, case.size)
+    assert relative_error(np.einsum("kni,knj->nij", s, s), fisher_blocks(case, z)) < 1e-13
+
+
+@every_case
+def test_sqrt_fisher_transpose_is_the_adjoint(case):
+    z, _, u, _ = draw(case, (2, 3))
+    actual, _ = evaluated(case, (2, 3))
+    transposed = actual["sqrt_fisher_transpose"]  # S^T u
+    w = jnp.asarray(np.random.default_rng(1).normal(size=transposed.shape))
+    s_w = quick_jit(lambda w: case.head.sqrt_fisher(z, w))(w)
+    np.testing.assert_allclose(np.vdot(s_w, u), np.vdot(w, transposed), rtol=1e-12)
+
+
+# --- Samples ----------------------------------------------------------------------------------
+
+SAMPLES = 200_000
+
+
+def z_scores(values, expected):
+    """Deviation of the mean over axis 0 in standard errors."""
+    values = np.asarray(values)
+    deviation = np.abs(values.mean(0) - expected)
+    # An entry that is the same in every sample has no error but rounding.
+    return deviation / (values.std(0) / np.sqrt(len(values)) + 1e-12)
+
+
+@sampled_case
+def test_samples_are_independent_and_have_the_moments_of_the_head(case):
+    z, y, *_ = draw(case, (2,))
+
+    @quick_jit
+    def sample_and_score(key):
+        z_many = jnp.broadcast_to(z, (SAMPLES, *z.shape))
+        sample = case.head.sample(key, z_many)
+        return sample, case.head.score(z_many, sample)
+
+    sample, score = sample_and_score(jax.random.key(0))
+    assert sample.shape == (SAMPLES, *y.shape)
+    score = np.asarray(score).reshape(SAMPLES, 2, case.size)
+    assert z_scores(score, 0.0).max() < 5
+    # F_R on the diagonal blocks; rows know nothing of each other.
+    fisher = jax.scipy.linalg.block_diag(*fisher_blocks(case, z))
+    score_rows = score.reshape(SAMPLES, -1)
+    assert z_scores(score_rows[:, :, None] * score_rows[:, None, :], fisher).max() < 5
+    values = jax.nn.one_hot(sample, case.size) if case.integer_targets else sample
+    values = np.asarray(values).reshape(SAMPLES, 2, case.size)
+    assert z_scores(values, jax.vmap(case.mean)(z.reshape(2, -1))).max() < 5
+
+
+# --- KL and Fisher ----------------------------------------------------------------------------
+
+
+@every_case
+def test_fisher_is_the_curvature_of_kl(case):
+    z, y, u, _ = draw(case, (6,))
+    d = 1e-4 * u
+    actual = methods(case, z, y, d, z + d)
+    quadratic = (d * actual["fisher"]).reshape(6, -1).sum(-1)
+    np.testing.assert_allclose(2 * actual["kl"] / quadratic, 1.0, atol=1e-3)
+
+
+@every_case
+def test_float32_kl_keeps_its_digits(case):
+    rng = np.random.default_rng(2)
+    z, u = rng.normal(size=(2, 6, *case.event_shape))
+    z[:2] *= 6.0  # confident predictions too
+    kl, definition = quick_jit(lambda *z: case.head.kl(*z)), quick_jit(jax.vmap(case.kl))
+    for size in (1e-1, 5e-3, 1e-4):  # KL around 1e-2, 1e-5, 1e-8
+        z32 = jnp.asarray(z, jnp.float32), jnp.asarray(z + size * u, jnp.float32)
+        z64 = (a.astype(jnp.float64).reshape(6, -1) for a in z32)
+        actual = kl(*z32)
+        assert actual.dtype == jnp.float32
+        assert (actual >= 0).all()
+        # The definition's sum loses nine digits at 1e-8; atol is what float64 keeps of it.
+        np.testing.assert_allclose(actual, definition(*z64), rtol=1e-3, atol=3e-15)
+
+
+# --- Extreme logits and narrow dtypes ---------------------------------------------------------
+
+EXTREMES = [(jnp.float32, 1e4), (jnp.bfloat16, 3e4), (jnp.float16, 3e4)]
+extreme = pytest.mark.parametrize(
+    ("dtype", "size"), EXTREMES, ids=["float32-1e4", "bfloat16-3e4", "float16-3e4"]
+)
+
+
+@extreme
+def test_softmax_is_exact_at_extreme_logits(dtype, size):
+    head = fvp.Softmax()
+    z = jnp.asarray([[size, -size, 0.0], [-size, size, size], [size, size, size]], dtype)
+    y = jnp.array([1, 0, 2])
+    u = jnp.asarray([[1.0, -2.0, 3.0]] * 3, dtype)
+    z64 = np.asarray(z, np.float64)
+    log_p = scipy.special.log_softmax(z64, axis=-1)
+    rounding = float(jnp.finfo(dtype).eps) * (4 if dtype == jnp.float32 else 1)
+
+    def check(actual, expected):
+        assert actual.dtype == dtype
+        np.testing.assert_allclose(np.asarray(actual, np.float64), expected, rtol=rounding)
+
+    check(head.nll(z, y), -log_p[np.arange(3), y])
+    check(head.nll(z, jax.nn.one_hot(y, 3, dtype=dtype)), -log_p[np.arange(3), y])
+    check(head.score(z, y), np.eye(3)[y] - np.exp(log_p))
+    p, u64 = np.exp(log_p), np.asarray(u, np.float64)
+    check(head.fisher(z, u), p * (u64 - (p * u64).sum(-1, keepdims=True)))
+    log_q = scipy.special.log_softmax(-z64, axis=-1)
+    check(head.kl(z, -z), (p * (log_p - log_q)).sum(-1))
+    check(head.kl(-z, z), (np.exp(log_q) * (log_q - log_p)).sum(-1))
+    gradient = jax.grad(lambda z: head.nll(z, y).sum())(z)
+    check(-gradient, np.eye(3)[y] - np.exp(log_p))
+
+
+@extreme
+def test_sigmoid_is_exact_at_extreme_logits(dtype, size):
+    head = fvp.Sigmoid()
+    z = jnp.asarray([[size, -size], [-size, 0.5], [size, 0.0]], dtype)
+    y = jnp.asarray([[0.0, 0.0], [1.0, 1.0], [1.0, 0.0]], dtype)
+    u = jnp.asarray([[1.0, -2.0]] * 3, dtype)
+    z64, y64, u64 = (np.asarray(a, np.float64) for a in (z, y, u))
+    p, log_p, log_not_p = scipy.special.expit(z64), *map(scipy.special.log_expit, (z64, -z64))
+    rounding = float(jnp.finfo(dtype).eps) * (4 if dtype == jnp.float32 else 1)
+
+    def check(actual, expected):
+        assert actual.dtype == dtype
+        np.testing.assert_allclose(np.asarray(actual, np.float64), expected, rtol=rounding)
+
+    check(head.nll(z, y), -(y64 * log_p + (1 - y64) * log_not_p).sum(-1))
+    check(head.score(z, y), y64 - p)
+    check(head.fisher(z, u), p * (1 - p) * u64)
+    kl = p * (log_p - log_not_p) + (1 - p) * (log_not_p - log_p)  # KL(r(z) to r(-z))
+    check(head.kl(z, -z), kl.sum(-1))
+    gradient = jax.grad(lambda z: head.nll(z, y).sum())(z)
+    check(-gradient, y64 - p)
+
+
+def test_kl_counts_classes_whose_probability_underflows():
+    z, z_new = jnp.array([[200.0, 0.0, 0.0], [0.0, 0.0, 0.0]], jnp.float32)[:, None]
+    np.testing.assert_allclose(fvp.Softmax().kl(z, z_new), [np.log(3)], rtol=1e-6)
+    np.testing.assert_allclose(fvp.Sigmoid().kl(z, z_new), [np.log(2)], rtol=1e-6)
+
+
+@pytest.mark.parametrize("name", ["gaussian", "gaussian-vector", "gaussian-precision"])
+def test_gaussian_is_finite_at_extreme_means(name):
+    head = CASES[name].head
+    z = jnp.asarray([[1e4, -1e4, 0.0]], jnp.float32)
+    y = jnp.zeros_like(z)
+    values = head.nll(z, y), head.score(z, y), head.fisher(z, z), head.kl(z, -z)
+    assert all(value.dtype == jnp.float32 and jnp.isfinite(value).all() for value in values)
+
+
+@every_case
+@pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float16, jnp.float32])
+def test_narrow_results_are_the_float64_results_rounded(case, dtype):
+    def cast(arrays, dtype):
+        return [a.astype(dtype) if a.dtype.kind != "i" else a for a in arrays]
+
+    arrays = cast(draw(case, (6,)), dtype)
+    actual, expected = methods(case, *arrays), methods(case, *cast(arrays, jnp.float64))
+    # One rounding of the result; the rest is float32 arithmetic inside.
+    rounding = 1e-5 if dtype == jnp.float32 else float(jnp.finfo(dtype).eps)
+    for name, value in actual.items():
+        assert value.dtype == dtype, name
+        value = np.asarray(value, np.float64)
+        np.testing.assert_allclose(value, expected[name], rtol=rounding, atol=2e-6, err_msg=name)
+
+
+@sampled_case
+@pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float16, jnp.float32, jnp.float64])
+def test_samples_are_targets_of_the_same_dtype(case, dtype):
+    z = jax.ShapeDtypeStruct((4, *case.event_shape), dtype)
+    sample = jax.eval_shape(case.head.sample, jax.random.key(0), z)
+    if case.integer_targets:
+        assert jnp.issubdtype(sample.dtype, jnp.integer)
+    else:
+        assert sample.dtype == dtype
+    assert jax.eval_shape(case.head.nll, z, sample).dtype == dtype
+
+
+# --- Many rows --------------------------------------------------------------------------------
+
+ROWS = 70_000  # some compilers miscompile batched quadratic forms from 32,769 rows on
+
+
+@pytest.mark.parametrize(("dtype", "tolerance"), [(jnp.float64, 1e-11), (jnp.float32, 1e-5)])
+def test_gaussian_precision_of_many_rows_equals_numpy(dtype, tolerance):
+    rng = np.random.default_rng(3)
+    factor = rng.normal(size=(4, 4))
+    precision = factor @ factor.T + np.eye(4)
+    z, y, u = (np.asarray(a, dtype) for a in rng.normal(size=(3, ROWS, 4)))
+    head = fvp.Gaussian(precision=jnp.asarray(precision, dtype))
+    z64, y64, u64 = np.float64(z), np.float64(y), np.float64(u)
+    r = y64 - z64
+    constant = 2 * np.log(2 * np.pi) - 0.5 * np.linalg.slogdet(precision)[1]
+    nll = 0.5 * np.einsum("ni,ij,nj->n", r, precision, r) + constant
+    kl = 0.5 * np.einsum("ni,ij,nj->n", u64, precision, u64)
+    assert relative_error(jax.jit(head.nll)(z, y), nll) < tolerance
+    assert relative_error(jax.jit(head.kl)(z, np.asarray(z64 + u64, dtype)), kl) < 10 * tolerance
+    assert relative_error(jax.jit(head.fisher)(z, u), u64 @ precision) < tolerance
+
+    @jax.jit
+    def through_square_root(z, u):
+        return head.sqrt_fisher(z, head.sqrt_fisher_transpose(z, u))
+
+    assert relative_error(through_square_root(z, u), u64 @ precision) < tolerance
+    rowwise = jax.jit(jax.vmap(lambda z, y: head.nll(z[None], y[None])[0]))
+    assert relative_error(rowwise(z, y), nll) < tolerance
+
+
+def test_softmax_of_many_rows_equals_numpy():
+    rng = np.random.default_rng(3)
+    head = fvp.Softmax()
+    z, u = rng.normal(size=(2, ROWS, 4))
+    y = rng.integers(0, 4, ROWS)
+    log_p = scipy.special.log_softmax(z, axis=-1)
+    p = np.exp(log_p)
+    fisher = p * (u - (p * u).sum(-1, keepdims=True))
+    assert relative_error(jax.jit(head.nll)(z, y), -log_p[np.arange(ROWS), y]) < 1e-12
+    assert relative_error(jax.jit(head.fisher)(z, u), fisher) < 1e-12
+    s = jax.jit(lambda z, u: head.sqrt_fisher(z, head.sqrt_fisher_transpose(z, u)))(z, u)
+    assert relative_error(s, fisher) < 1e-12
+    kl = (p * (log_p - scipy.special.log_softmax(z + u, axis=-1))).sum(-1)
+    assert relative_error(jax.jit(head.kl)(z, z + u), kl) < 1e-11
+
+
+# --- Heads as records -------------------------------------------------------------------------
+
+HEADS = [fvp.Softmax(), fvp.Sigmoid(), fvp.Sigmoid(event_ndim=2), fvp.Gaussian(scale=2.0)]
+every_head = pytest.mark.parametrize("head", HEADS, ids=str)
+
+
+@every_head
+def test_head_is_a_frozen_record(head):
+    assert not callable(head)
+    assert dataclasses.is_dataclass(head)
+    with pytest.raises(AttributeError):
+        head.event_ndim = 3
+    copy = dataclasses.replace(head)
+    assert copy == head
+    assert hash(copy) == hash(head)
+
+
+def test_heads_that_differ_are_unequal():
+    heads = [*HEADS, fvp.Gaussian(scale=3.0), fvp.Gaussian(scale=2.0, event_ndim=2)]
+    assert len(set(heads)) == len(heads)
+
+
+@every_head
+def test_head_as_closure_constant_jit_argument_and_static_argument(head):
+    z = jnp.asarray(np.random.default_rng(0).normal(size=(4, 2, 3)))
+
+    def product(head, z):
+        return head.fisher(z, 2 * z)
+
+    expected = product(head, z)
+    as_argument = quick_jit(lambda head, z: product(head, z))
+    as_static = quick_jit(lambda head, z: product(head, z), static_argnums=0)
+    np.testing.assert_allclose(quick_jit(lambda z: product(head, z))(z), expected, rtol=1e-13)
+    for compiled in (as_argument, as_static):
+        np.testing.assert_allclose(compiled(head, z), expected, rtol=1e-13)
+        compiled(dataclasses.replace(head), z)
+        assert compiled._cache_size() == 1  # an equal head is the same static argument
+
+
+def test_only_the_numeric_fields_of_a_head_are_leaves():
+    assert jax.tree.leaves(fvp.Softmax()) == jax.tree.leaves(fvp.Sigmoid(event_ndim=2)) == []
+    assert jax.tree.leaves(fvp.Gaussian(scale=2.0, event_ndim=0)) == [2.0]
+    assert len(jax.tree.leaves(fvp.Gaussian(precision=np.eye(3)))) == 1
+    # Transformations rebuild pytrees around placeholders, so rebuilding must not check fields.
+    placeholder = jax.tree.map(lambda _: object(), fvp.Gaussian(precision=np.eye(3)))
+    assert isinstance(placeholder, fvp.Gaussian)
+
+
+def test_gradient_with_respect_to_the_scale():
+    z, y = jnp.asarray(np.random.default_rng(0).normal(size=(2, 5, 3)))
+    gradient = quick_jit(jax.grad(lambda s: fvp.Gaussian(scale=s).nll(z, y).sum()))(0.7)
+    expected = (-((y - z) ** 2) / 0.7**3 + 1 / 0.7).sum()
+    np.testing.assert_allclose(gradient, expected, rtol=1e-13)
+
+
+def test_gradient_with_respect_to_the_precision():
+    z, y = jnp.asarray(np.random.default_rng(0).normal(size=(2, 5, 3)))
+    precision = jnp.asarray(CASES["gaussian-precision"].precision)
+    gradient = jax.grad(lambda p: fvp.Gaussian(precision=p).nll(z, y).sum())(precision)
+    r = y - z
+    expected = 0.5 * r.T @ r - 0.5 * 5 * jnp.linalg.inv(precision)
+    symmetric = (gradient + gradient.T) / 2
+    assert relative_error(symmetric, expected) < 1e-12
+
+
+def test_vmap_over_the_scale_and_over_a_stacked_head():
+    z, y = jnp.asarray(np.random.default_rng(0).normal(size=(2, 5, 3)))
+    scales = jnp.array([0.5, 1.0, 2.0])
+    expected = jnp.stack([fvp.Gaussian(scale=s).nll(z, y) for s in (0.5, 1.0, 2.0)])
+    built_inside = jax.vmap(lambda s: fvp.Gaussian(scale=s).nll(z, y))(scales)
+    np.testing.assert_allclose(built_inside, expected, rtol=1e-13)
+    stacked = jax.vmap(lambda s: fvp.Gaussian(scale=s))(scales)
+    through_head = jax.vmap(lambda head: head.nll(z, y))(stacked)
+    np.testing.assert_allclose(through_head, expected, rtol=1e-13)
