@@ -12,7 +12,7 @@ from jax.typing import DTypeLike
 
 def wide_dtype(dtype: DTypeLike) -> Any:
     """The dtype to compute in: float32, or ``dtype`` itself where it is wider."""
-    return jnp.promote_types(dtype, jnp.float32)
+    return jnp.float64 if dtype == jnp.float64 else jnp.float32
 
 
 def widen(x: Any) -> Array:
@@ -42,7 +42,8 @@ def tree_vdot(a: Any, b: Any) -> Array:
 
 def tree_axpy(scale: Any, x: Any, y: Any) -> Any:
     """``scale * x + y``, leaf by leaf, in the dtypes of ``y``."""
-    return jax.tree.map(lambda a, b: (scale * a + b).astype(b.dtype), x, y)
+    scale = jnp.asarray(scale)
+    return jax.tree.map(lambda a, b: (scale.astype(a.dtype) * a + b).astype(b.dtype), x, y)
 
 
 def tree_where(condition: Array, a: Any, b: Any) -> Any:

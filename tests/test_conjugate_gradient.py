@@ -252,7 +252,7 @@ def test_iterating_far_past_convergence_keeps_the_solution(dtype):
 
 @pytest.mark.parametrize("start", ["cold", "warm", "preconditioned"])
 def test_progress_stop_is_that_of_martens(start):
-    """k = max(10, ceil(i / 10)): the largest eps stops as soon as i > k, the least where k grows."""
+    """k = max(10, ceil(i / 10)): a large eps stops as soon as i > k, a small one where k grows."""
     diagonal, rhs = np.linspace(3e-5, 1, 600), vector(600)
     x0 = 30 * vector(600, 2) if start == "warm" else None
     inverse = np.linspace(1.2, 1, 600) if start == "preconditioned" else None

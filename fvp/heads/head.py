@@ -103,7 +103,9 @@ class Head(abc.ABC):
                 " example returns z[:, None]; a single example is z[None]."
             )
         if 0 in z.shape:
-            raise ValueError(f"{name}: expected at least one example and output, got {z.shape}.")
+            raise ValueError(
+                f"{name}: expected a batch of at least one example and output, got {z.shape}."
+            )
         self._check_event(z, name)
 
     def check_targets(self, z: Any, y: ArrayLike) -> Array:

@@ -36,8 +36,9 @@ class Sigmoid(Head):
         check_event_ndim(self.event_ndim)
 
     def _nll(self, z: Array, y: Array) -> Array:
-        # softplus(z) - y z, arranged so that large logits of the right sign give exactly zero.
-        terms = jnp.maximum(z, 0) - z * y.astype(z.dtype) + jnp.log1p(jnp.exp(-jnp.abs(z)))
+        # softplus(z) - y z, in the form that keeps the digits of a confident, correct logit.
+        y = y.astype(z.dtype)
+        terms = y * jax.nn.softplus(-z) + (1 - y) * jax.nn.softplus(z)
         return jnp.sum(terms, axis=self.event_axes())
 
     def _mean(self, z: Array) -> Array:
@@ -62,9 +63,9 @@ class Sigmoid(Head):
         return jnp.sqrt(self._variance(z)) * u
 
     def _kl(self, z: Array, z_new: Array) -> Array:
-        p, q, d = jax.nn.sigmoid(z), jax.nn.sigmoid(-z), z_new - z
-        # The Bregman divergence of softplus; for close logits in the form that does not cancel.
-        far = jax.nn.softplus(z_new) - jax.nn.softplus(z) - p * d
+        p, q, d, softplus = jax.nn.sigmoid(z), jax.nn.sigmoid(-z), z_new - z, jax.nn.softplus
+        # The second form, for close logits, is the one that does not cancel there.
+        far = p * (softplus(-z_new) - softplus(-z)) + q * (softplus(z_new) - softplus(z))
         near = jnp.abs(d) < 1
         d = jnp.where(near, d, 0)
         close = log_partition_gap(jnp.stack([p, q]), jnp.stack([q * d, -p * d]), (0,))

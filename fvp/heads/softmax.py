@@ -91,11 +91,13 @@ class Softmax(Head):
 
     def _kl(self, z: Array, z_new: Array) -> Array:
         p = jax.nn.softmax(z)
-        d = jnp.where(p == 0, 0, z_new - z)  # impossible classes add nothing, at -inf neither
-        mean = jnp.sum(p * d, axis=-1, keepdims=True)
-        far = jax.nn.logsumexp(z_new, axis=-1) - jax.nn.logsumexp(z, axis=-1) - mean[..., 0]
+        log_ratio = jax.nn.log_softmax(z) - jax.nn.log_softmax(z_new)
+        far = jnp.sum(jnp.where(p == 0, 0, p * log_ratio), axis=-1)
         # Close to each other the form above cancels; each form is evaluated on safe values only.
-        deviation = jnp.where(p == 0, 0, d - mean)
-        near = jnp.max(jnp.abs(deviation), axis=-1) < 1
-        close = log_partition_gap(p, jnp.where(near[..., None], deviation, 0), (-1,))
+        excluded = (z == -jnp.inf) & (z_new == -jnp.inf)  # classes masked out of both
+        d = jnp.where(excluded, 0, z_new - z)
+        d -= jnp.sum(jnp.where(p == 0, 0, p * d), axis=-1, keepdims=True)
+        d = jnp.where(excluded, 0, d)
+        near = jnp.max(jnp.abs(d), axis=-1) < 1
+        close = log_partition_gap(p, jnp.where(near[..., None], d, 0), (-1,))
         return jnp.where(near, close, far)

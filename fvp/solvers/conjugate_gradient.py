@@ -125,11 +125,13 @@ def cg(
             raise TypeError(
                 f"{name}: expected an operator or a callable v -> A v, got {linear_map!r}."
             )
-    return _cg(operator, M, rhs, damping, x0, tol, atol, limit, window, progress_tol)
+    # A function may read state that changes between calls, so it is never compiled for later calls.
+    opaque = any(callable(leaf) for leaf in jax.tree.leaves((operator, M)))
+    solve = _solve if opaque else _solve_compiled
+    return solve(operator, M, rhs, damping, x0, tol, atol, limit, window, progress_tol)
 
 
-@compiled_when_eager
-def _cg(
+def _solve(
     operator: Any,
     M: Any,
     rhs: Any,
@@ -143,7 +145,11 @@ def _cg(
 ) -> tuple[Any, CGInfo]:
     """The solve of :func:`cg`; ``window`` is the longest look back of the progress test, or 0."""
     multiply, precondition = getattr(operator, "mv", operator), getattr(M, "mv", M)
-    dtype = jnp.result_type(jnp.float32, *jax.tree.leaves(rhs))
+    dtype = jnp.float32
+    if any(leaf.dtype == jnp.float64 for leaf in jax.tree.leaves(rhs)):
+        dtype = jnp.float64
+    damping, tol, atol = (jnp.asarray(value, dtype) for value in (damping, tol, atol))
+    progress_tol = jnp.asarray(progress_tol, dtype)
     rounded = any(leaf.dtype != wide_dtype(leaf.dtype) for leaf in jax.tree.leaves(rhs))
 
     def apply(v: Any) -> Any:
@@ -196,7 +202,7 @@ def _cg(
         if window:
             k = jnp.clip((iteration + 9) // 10, 10, window)
             before = history[(iteration - k) % (window + 1)]
-            small = (phi - before) / phi < k * progress_tol
+            small = (phi - before) / phi < k.astype(dtype) * progress_tol
             converged |= good & (iteration > k) & (phi < 0) & small
             history = history.at[iteration % (window + 1)].set(phi)
         return _Carry(
@@ -220,7 +226,7 @@ def _cg(
     z = apply_inverse(residual)
     rr, rz = dot(residual, residual), dot(residual, z)
     phi = -0.5 * (dot(b, x) + dot(x, residual))
-    converged = jnp.sqrt(rr) <= threshold
+    converged = jnp.isfinite(rr) & (jnp.sqrt(rr) <= threshold)
     last = jax.lax.while_loop(
         unfinished,
         body,
@@ -240,17 +246,23 @@ def _cg(
     )
     # With A x = b - r both values follow from the vectors at hand, without a product.
     bx, xr, xx = dot(b, last.x), dot(last.x, last.residual), dot(last.x, last.x)
-    square = scale * scale
+    x = jax.tree.map(lambda leaf: (leaf * scale).astype(leaf.dtype), last.x)
+    x = cast_like(x, rhs)
+    representable = jnp.array(True)
+    for leaf in jax.tree.leaves(x):
+        representable &= jnp.all(jnp.isfinite(leaf))
     info = CGInfo(
         iterations=last.iteration,
         residual_norm=jnp.sqrt(last.rr) * scale,
-        converged=last.converged,
-        breakdown=last.breakdown,
-        model_value=-0.5 * (bx + xr) * square,
-        curvature=(bx - xr - damping * xx).astype(dtype) * square,
+        converged=last.converged & representable,
+        breakdown=last.breakdown | ~representable,
+        model_value=-0.5 * (bx + xr) * scale * scale,
+        curvature=(bx - xr - damping * xx) * scale * scale,
     )
-    x = jax.tree.map(lambda leaf: (leaf * scale).astype(leaf.dtype), last.x)
-    return cast_like(x, rhs), info
+    return tree_where(representable, x, tree_zeros_like(x)), info
+
+
+_solve_compiled = compiled_when_eager(_solve)
 
 
 def _iteration_limit(rhs: Any, maxiter: Any) -> tuple[Any, int]:

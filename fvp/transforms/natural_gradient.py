@@ -186,14 +186,14 @@ def _transform(
     model_on_subset = _OnSubset(model_fn)
 
     def init(params: Any) -> NaturalGradientState:
-        zero = jnp.zeros((), jnp.float32)
+        # One array for each field: a buffer that stands in two places cannot be donated.
         return NaturalGradientState(
             count=jnp.zeros((), jnp.int32),
             direction=optax.tree.zeros_like(params) if warm_start else None,
-            damping=zero,
+            damping=jnp.zeros((), jnp.float32),
             iterations=jnp.zeros((), jnp.int32),
-            residual_norm=zero,
-            predicted_kl=zero,
+            residual_norm=jnp.zeros((), jnp.float32),
+            predicted_kl=jnp.zeros((), jnp.float32),
             accepted=jnp.zeros((), jnp.bool_),
         )
 
