@@ -38,6 +38,27 @@ def to_local(tree: Any, axis_name: AxisName, name: str) -> Any:
         ) from error
 
 
+def check_axis_name(params: Any, z: Any) -> None:
+    """Raises where ``z`` differs between devices, ``params`` do not, and no axis was named.
+
+    JAX would then sum products over the devices, and nothing would sum the weights.
+    """
+    varying = _varying_axes(z)
+    for leaf in jax.tree.leaves(params):
+        varying -= _varying_axes(leaf)
+    if varying:
+        raise ValueError(
+            f"axis_name: the batch is split over the mesh axes {sorted(varying)} inside shard_map;"
+            " name them, axis_name=..., so that the mean is over all devices."
+        )
+
+
+def _varying_axes(x: Any) -> frozenset[str]:
+    """The axes of a surrounding shard_map over which ``x``, or its shape, differs."""
+    kind = (x if isinstance(x, jax.ShapeDtypeStruct) else jax.typeof(x)).manual_axis_type
+    return frozenset() if kind is None else kind.varying
+
+
 def sum_over(tree: Any, axis_name: AxisName) -> Any:
     """Sum over devices, in float32 or wider."""
     return tree if axis_name is None else jax.lax.psum(widen_tree(tree), axis_name)
@@ -48,17 +69,19 @@ def device_count(axis_name: AxisName) -> int:
     return 1 if axis_name is None else jax.lax.psum(1, axis_name)
 
 
-def row_axes(x: Any) -> Any:
-    """The Explicit mesh axes that the first axis of ``x`` is sharded over, or None."""
+def row_axes(x: Any, axis: int = 0) -> Any:
+    """The Explicit mesh axes that the example axis of ``x`` is sharded over, or None."""
     spec = jax.typeof(x).sharding.spec
-    return spec[0] if len(spec) else None
+    return spec[axis] if len(spec) else None
 
 
-def shard_rows(x: Array, rows: Any) -> Array:
-    """``x`` with its first axis sharded over the mesh axes ``rows``."""
+def shard_rows(x: Array, rows: Any, axis: int = 0) -> Array:
+    """``x`` with its example axis sharded over the mesh axes ``rows``."""
     if rows is None:
         return x
-    return jax.sharding.reshard(x, PartitionSpec(rows, *jax.typeof(x).sharding.spec[1:]))
+    spec = list(jax.typeof(x).sharding.spec)
+    spec[axis] = rows
+    return jax.sharding.reshard(x, PartitionSpec(*spec))
 
 
 def shard_count(rows: Any) -> int:

@@ -30,6 +30,13 @@ def cast_like(tree: Any, like: Any) -> Any:
     return jax.tree.map(lambda x, y: x.astype(y.dtype), tree, like)
 
 
+def power_of_two(x: Array) -> Array:
+    """2^e next below the positive scalar ``x``; 1 where that is zero or not finite."""
+    usable = jnp.isfinite(x) & (x > 0)
+    _, exponent = jnp.frexp(jnp.where(usable, x, 1))
+    return jnp.ldexp(jnp.ones((), x.dtype), exponent - 1)
+
+
 def tree_vdot(a: Any, b: Any) -> Array:
     """Inner product of two trees, accumulated in float32 or wider.
 

@@ -1,9 +1,10 @@
-"""Shared test setup: float64 references, and warnings that fail."""
+"""Shared test setup: float64 references, eight CPU devices, and warnings that fail."""
 
 import jax
 import pytest
 
 jax.config.update("jax_enable_x64", True)
+jax.config.update("jax_num_cpu_devices", 8)
 
 
 def pytest_configure(config):

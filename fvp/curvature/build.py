@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -12,12 +13,12 @@ from jax import Array
 
 from fvp.checks import check_inexact_tree, check_positive_int
 from fvp.compilation import compiled_when_eager
-from fvp.curvature.chunking import ChunkedPiece, split_chunks
+from fvp.curvature.chunking import ChunkedPiece, split_chunks, take_chunk
 from fvp.curvature.metrics import Examples, example_indices
 from fvp.curvature.operator import CurvatureOperator
 from fvp.curvature.pieces import example_weights, total_weight
 from fvp.heads import Head
-from fvp.mesh import AxisName, row_axes, shard_count, to_local
+from fvp.mesh import AxisName, check_axis_name, row_axes, shard_count, to_local
 from fvp.numerics import wide_dtype
 
 MakePiece = Callable[[Callable[[Any], Array], Head, Any, Examples], Any]
@@ -25,34 +26,37 @@ MakePiece = Callable[[Callable[[Any], Array], Head, Any, Examples], Any]
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
-class Shared:
-    """What the chunks of one batch have in common."""
+class Regrouped:
+    """A batch and its examples, regrouped into chunks, beside what all chunks share."""
 
     head: Head
     params: Any
-    keys: Any
     batch_leaves: list[Any]
+    examples: Examples
 
 
 @dataclasses.dataclass(frozen=True)
 class ChunkRecipe:
-    """Static: how one chunk's piece is made from the shared data and the chunk's examples."""
+    """Static: how the piece of one chunk is made."""
 
     make_piece: MakePiece
     model_fn: Callable[[Any, Any], Array]
     batch_structure: Any
     batch_axes: tuple[int | None, ...]
 
-    def __call__(self, shared: Shared, chunk: tuple[list[Any], Examples]) -> Any:
-        leaves, examples = chunk
+    def __call__(self, data: Regrouped, i: Any) -> Any:
         leaves = [
-            whole if axis is None else jnp.moveaxis(part, 0, axis)
-            for whole, part, axis in zip(shared.batch_leaves, leaves, self.batch_axes, strict=True)
+            leaf if axis is None else take_chunk(leaf, i, axis)
+            for leaf, axis in zip(data.batch_leaves, self.batch_axes, strict=True)
         ]
         batch = jax.tree.unflatten(self.batch_structure, leaves)
-        examples = dataclasses.replace(examples, keys=shared.keys)
+        examples = data.examples
+        targets, weights, indices = jax.tree.map(
+            lambda x: take_chunk(x, i), (examples.targets, examples.weights, examples.indices)
+        )
+        chunk = Examples(targets, weights, examples.keys, indices)
         model = lambda params: self.model_fn(params, batch)
-        return self.make_piece(model, shared.head, shared.params, examples)
+        return self.make_piece(model, data.head, data.params, chunk)
 
 
 def build_operator(
@@ -97,9 +101,10 @@ def _build_whole(
     examples: Examples,
 ) -> CurvatureOperator:
     piece = make_piece(lambda params: model_fn(params, batch), head, params, examples)
+    check_axis_name(params, piece.output)
     shape = head.batch_shape(piece.output)
     total = total_weight(piece.weights, piece.output, shape, axis_name)
-    return CurvatureOperator.of(piece, total, params, axis_name)
+    return CurvatureOperator.of(piece, total, math.prod(shape), params, axis_name)
 
 
 @compiled_when_eager
@@ -116,13 +121,15 @@ def _build_chunked(
     examples: Examples,
 ) -> CurvatureOperator:
     leaves, structure = jax.tree.flatten(batch)
+    leaves = [jnp.asarray(leaf) for leaf in leaves]
     pairs = list(zip(leaves, axes, strict=True))
-    moved = [None if axis is None else jnp.moveaxis(leaf, axis, 0) for leaf, axis in pairs]
-    rows = next(filter(None, map(row_axes, jax.tree.leaves(moved))), None)
+    split_over = (row_axes(leaf, axis) for leaf, axis in pairs if axis is not None)
+    rows = next(filter(None, split_over), None)
     local_count = count // shard_count(rows)
     number = -(-local_count // max(1, chunk_size // shard_count(rows)))
     z = jax.eval_shape(model_fn, params, batch)
     head.check_outputs(z)
+    check_axis_name(params, z)
     if z.shape[0] != count:
         raise ValueError(
             f"chunk_size: expected the model's output to have the {count} examples of the batch on"
@@ -135,21 +142,19 @@ def _build_chunked(
     if counted is None and local_count % number:
         counted = jnp.ones(shape, wide_dtype(z.dtype))  # the padding has weight zero
 
-    chunks = (
-        split_chunks(moved, number, rows),
-        Examples(
-            targets=split_chunks(targets, number, rows),
-            weights=split_chunks(counted, number, rows, wrap=False),
-            indices=split_chunks(example_indices(count, examples.shard), number, rows),
-        ),
+    split = lambda x, **options: None if x is None else split_chunks(x, number, rows, **options)
+    regrouped = Examples(
+        targets=split(targets),
+        weights=split(counted, wrap=False),
+        keys=examples.keys,
+        indices=split(example_indices(count, examples.shard)),
     )
-    whole = [leaf if axis is None else None for leaf, axis in pairs]
-    shared = Shared(head, params, examples.keys, whole)
+    leaves = [leaf if axis is None else split(leaf, axis=axis) for leaf, axis in pairs]
+    data = Regrouped(head, params, leaves, regrouped)
     recipe = ChunkRecipe(make_piece, model_fn, structure, axes)
-    piece = ChunkedPiece(shared, chunks, count, rows, recipe)
-    return CurvatureOperator.of(
-        piece, total_weight(weights, z, shape, axis_name), params, axis_name
-    )
+    piece = ChunkedPiece(data, count, number, rows, recipe)
+    total = total_weight(weights, z, shape, axis_name)
+    return CurvatureOperator.of(piece, total, math.prod(shape), params, axis_name)
 
 
 def _leaf_axes(batch: Any, batch_axes: Any) -> tuple[int | None, ...]:
@@ -173,7 +178,8 @@ def _leaf_axes(batch: Any, batch_axes: Any) -> tuple[int | None, ...]:
                 f"batch_axes: batch{jax.tree_util.keystr(path)} has shape {jnp.shape(leaf)} and no"
                 f" axis {axis} of examples; give None for leaves that all chunks share."
             )
-    return tuple(axes)
+    ranks = map(jnp.ndim, jax.tree.leaves(batch))
+    return tuple(a if a is None else a % n for a, n in zip(axes, ranks, strict=True))
 
 
 def _example_count(batch: Any, axes: tuple[int | None, ...]) -> int:

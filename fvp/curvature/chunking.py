@@ -19,74 +19,80 @@ from fvp.numerics import cast_like, widen_tree
 class ChunkedPiece:
     """The sum of the pieces of all chunks, each built anew inside every product.
 
-    ``chunks`` is what differs from chunk to chunk, with a leading axis of chunks; ``shared`` is
-    what they have in common; ``build(shared, chunk)`` linearises one of them.
+    ``build(data, i)`` linearises chunk number i, of ``number``, of the ``count`` examples.
     """
 
-    shared: Any
-    chunks: Any
+    data: Any
     count: int = dataclasses.field(metadata={"static": True})
+    number: int = dataclasses.field(metadata={"static": True})
     rows: Any = dataclasses.field(metadata={"static": True})  # mesh axes of the examples
     build: Callable[[Any, Any], Any] = dataclasses.field(metadata={"static": True})
 
     @property
     def output(self) -> Array:
         """The model's output z, by one forward pass."""
-        z = jax.lax.map(lambda chunk: self.build(self.shared, chunk).output, self.chunks)
+        z = jax.lax.map(lambda i: self.build(self.data, i).output, jnp.arange(self.number))
         return join_chunks(z, self.count, self.rows)
 
-    def product(self, v: Any) -> Any:
+    def product(self, v: Any, scale: Array) -> Any:
         """The product, summed over chunks."""
-        return cast_like(self._sum(lambda piece, _: piece.product(v)), v)
+        return cast_like(self._sum(lambda piece, _: piece.product(v, scale)), v)
 
-    def quadratic_form(self, v: Any) -> Array:
+    def quadratic_form(self, v: Any, scale: Array) -> Array:
         """The quadratic form, summed over chunks."""
-        return self._sum(lambda piece, _: piece.quadratic_form(v))
+        return self._sum(lambda piece, _: piece.quadratic_form(v, scale))
 
-    def value_and_gradient(self, targets: Any) -> tuple[Array, Any]:
+    def value_and_gradient(self, targets: Any, scale: Array) -> tuple[Array, Any]:
         """Loss and gradient, summed over chunks."""
         if jnp.shape(targets)[:1] != (self.count,):
             raise ValueError(
                 f"targets: expected the {self.count} examples of the batch on the first axis, got"
                 f" shape {jnp.shape(targets)}."
             )
-        number = jax.tree.leaves(self.chunks)[0].shape[0]
-        targets = split_chunks(jnp.asarray(targets), number, self.rows)
-        value, gradient = self._sum(lambda piece, y: piece.value_and_gradient(y), targets)
-        return value, cast_like(gradient, self.shared.params)
+        targets = split_chunks(jnp.asarray(targets), self.number, self.rows)
+        term = lambda piece, i: piece.value_and_gradient(take_chunk(targets, i), scale)
+        value, gradient = self._sum(term)
+        return value, cast_like(gradient, self.data.params)
 
-    def _sum(self, term: Callable[[Any, Any], Any], extra: Any = None) -> Any:
-        """Sum of ``term(piece, extra)`` over chunks, accumulated in float32 or wider."""
+    def _sum(self, term: Callable[[Any, Any], Any]) -> Any:
+        """Sum of ``term(piece, i)`` over chunks, accumulated in float32 or wider."""
+        evaluate = lambda i: widen_tree(term(self.build(self.data, i), i))
 
-        def evaluate(chunk: Any, extra: Any) -> Any:
-            return widen_tree(term(self.build(self.shared, chunk), extra))
+        def step(total: Any, i: Array) -> tuple[Any, None]:
+            return jax.tree.map(jnp.add, total, evaluate(i)), None
 
-        def step(total: Any, xs: Any) -> tuple[Any, None]:
-            return jax.tree.map(jnp.add, total, evaluate(*xs)), None
-
-        first = jax.tree.map(lambda x: x[0], (self.chunks, extra))
-        zeros = jax.tree.map(jnp.zeros_like, jax.eval_shape(evaluate, *first))
-        return jax.lax.scan(step, zeros, (self.chunks, extra))[0]
+        indices = jnp.arange(self.number)
+        zeros = jax.tree.map(jnp.zeros_like, jax.eval_shape(evaluate, indices[0]))
+        return jax.lax.scan(step, zeros, indices)[0]
 
 
-def split_chunks(tree: Any, number: int, rows: Any = None, *, wrap: bool = True) -> Any:
-    """Leaves (N, ...) -> (number, ceil(N / number), ...), padded with the first rows, or zeros.
+def split_chunks(
+    x: Array, number: int, rows: Any = None, *, axis: int = 0, wrap: bool = True
+) -> Array:
+    """Regroups N examples as (ceil(N / number), number), padded with the first ones, or zeros.
 
     Chunk i takes the examples i, i + number, i + 2 number, ...: an example axis that is split over
-    devices then stays split inside every chunk.
+    devices then stays split inside every chunk, and where ``number`` divides N nothing is copied.
     """
 
     def split(x: Array) -> Array:
-        size = -(-x.shape[0] // number)
-        padding = x[: size * number - x.shape[0]]
-        padded = jnp.concatenate([x, padding if wrap else jnp.zeros_like(padding)])
-        return jnp.moveaxis(padded.reshape(size, number, *x.shape[1:]), 1, 0)
+        count, shape = x.shape[axis], x.shape
+        size = -(-count // number)
+        if size * number != count:
+            padding = jax.lax.slice_in_dim(x, 0, size * number - count, axis=axis)
+            x = jnp.concatenate([x, padding if wrap else jnp.zeros_like(padding)], axis)
+        return x.reshape(*shape[:axis], size, number, *shape[axis + 1 :])
 
-    return jax.tree.map(lambda x: map_rows(split, shard_rows(x, rows), rows, 0, 1), tree)
+    return map_rows(split, shard_rows(x, rows, axis), rows, axis, axis)
+
+
+def take_chunk(x: Array, i: Any, axis: int = 0) -> Array:
+    """Chunk number ``i`` of what :func:`split_chunks` regrouped."""
+    return jax.lax.dynamic_index_in_dim(x, i, axis + 1, keepdims=False)
 
 
 def join_chunks(x: Array, count: int, rows: Any = None) -> Array:
-    """The inverse of :func:`split_chunks` for ``count`` examples."""
+    """Chunks (number, size, ...) to the ``count`` examples in their order."""
     local_count = count // shard_count(rows)
 
     def join(x: Array) -> Array:

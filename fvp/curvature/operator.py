@@ -14,7 +14,7 @@ from jax.flatten_util import ravel_pytree
 from fvp.checks import check_like
 from fvp.compilation import compiled_when_eager
 from fvp.mesh import AxisName, sum_over, to_local
-from fvp.numerics import cast_like, widen
+from fvp.numerics import cast_like, power_of_two, widen
 
 
 @jax.tree_util.register_dataclass
@@ -28,15 +28,22 @@ class CurvatureOperator:
 
     piece: Any
     total: Array
+    scale: Array
     template: Any = dataclasses.field(metadata={"static": True})
     axis_name: AxisName = dataclasses.field(metadata={"static": True})
 
     @classmethod
-    def of(cls, piece: Any, total: Array, params: Any, axis_name: AxisName) -> CurvatureOperator:
-        """The mean of ``piece``, whose examples weigh ``total``, over trees like ``params``."""
+    def of(
+        cls, piece: Any, total: Array, count: int, params: Any, axis_name: AxisName
+    ) -> CurvatureOperator:
+        """The mean of ``piece``, ``count`` examples of weight ``total``, over trees like params."""
         leaves, structure = jax.tree.flatten(params)
         shapes = tuple(jax.ShapeDtypeStruct(leaf.shape, leaf.dtype) for leaf in leaves)
-        return cls(piece, total, (structure, shapes), axis_name)
+        # A model in half precision sums over examples in half precision: neither a sum of large
+        # terms nor terms divided by a large total beforehand would stay in its range, but terms
+        # near 1 / sqrt(count) do. A power of two, so that nothing is rounded.
+        scale = power_of_two(math.sqrt(count) / jnp.abs(total))
+        return cls(piece, total, scale, (structure, shapes), axis_name)
 
     @property
     def output(self) -> Array:
@@ -82,10 +89,8 @@ class CurvatureOperator:
         return jax.tree.unflatten(structure, shapes)
 
     def _mean(self, tree: Any) -> Any:
-        # Divided at the end and in float32 or wider: weights w_i / sum w in half precision would
-        # lose small entries of a large batch before they are summed.
         total = sum_over(tree, self.axis_name)
-        mean = jax.tree.map(lambda x: widen(x) / self.total, total)
+        mean = jax.tree.map(lambda x: widen(x) / (self.total * self.scale), total)
         return cast_like(mean, tree)
 
     def __repr__(self) -> str:
@@ -95,17 +100,19 @@ class CurvatureOperator:
 
 @compiled_when_eager
 def _product(operator: CurvatureOperator, v: Any) -> Any:
-    return operator._mean(operator.piece.product(to_local(v, operator.axis_name, "v")))
+    v = to_local(v, operator.axis_name, "v")
+    return operator._mean(operator.piece.product(v, operator.scale))
 
 
 @compiled_when_eager
 def _quadratic_form(operator: CurvatureOperator, v: Any) -> Array:
-    return operator._mean(operator.piece.quadratic_form(to_local(v, operator.axis_name, "v")))
+    v = to_local(v, operator.axis_name, "v")
+    return operator._mean(operator.piece.quadratic_form(v, operator.scale))
 
 
 @compiled_when_eager
 def _value_and_grad(operator: CurvatureOperator, targets: Any) -> tuple[Array, Any]:
-    return operator._mean(operator.piece.value_and_gradient(targets))
+    return operator._mean(operator.piece.value_and_gradient(targets, operator.scale))
 
 
 @compiled_when_eager

@@ -1,6 +1,7 @@
 """Curvature of the weighted *sum* of the loss over some examples, linearised once.
 
-The operator (operators.py) divides by the total weight; chunking (chunking.py) adds pieces up.
+The operator (operator.py) divides by the total weight; chunking (chunking.py) adds pieces up. Every
+method takes a power of two, ``scale``, that multiplies its result before anything is summed.
 """
 
 from __future__ import annotations
@@ -63,12 +64,6 @@ def weighted_nll(head: Head, z: Array, targets: Any, weights: Array | None) -> A
     return jnp.sum(apply_weights(weights, 0, head.nll(z, targets)))
 
 
-def weighted_score(head: Head, z: Array, targets: Any, weights: Array | None) -> Array:
-    """-w_i score_i, the gradient of :func:`weighted_nll` in z, in the dtype of z."""
-    score = head.score(widen(mask_outputs(weights, head.event_ndim, z)), targets)
-    return apply_weights(weights, head.event_ndim, -score).astype(z.dtype)
-
-
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class GaussNewtonPiece:
@@ -84,24 +79,21 @@ class GaussNewtonPiece:
         """The model's output z."""
         return self.linearization.output
 
-    def product(self, v: Any) -> Any:
+    def product(self, v: Any, scale: Array) -> Any:
         """sum_i w_i J_i^T H_i J_i v."""
         u = self.linearization.jvp(v)
-        u = self._scale(u).astype(u.dtype)
-        return self.linearization.vjp(u)
+        weighted = apply_weights(self.weights, self.head.event_ndim, self.metric(widen(u)))
+        return self.linearization.vjp((scale * weighted).astype(u.dtype))
 
-    def quadratic_form(self, v: Any) -> Array:
+    def quadratic_form(self, v: Any, scale: Array) -> Array:
         """sum_i w_i (J_i v)^T H_i (J_i v), from one JVP."""
         u = widen(self.linearization.jvp(v))
-        return jnp.sum(apply_weights(self.weights, self.head.event_ndim, u * self.metric(u)))
+        terms = apply_weights(self.weights, self.head.event_ndim, u * self.metric(u))
+        return scale * jnp.sum(terms)
 
-    def _scale(self, u: Array) -> Array:
-        return apply_weights(self.weights, self.head.event_ndim, self.metric(widen(u)))
-
-    def value_and_gradient(self, targets: Any) -> tuple[Array, Any]:
+    def value_and_gradient(self, targets: Any, scale: Array) -> tuple[Array, Any]:
         """sum_i w_i nll_i and its gradient."""
-        cotangent = weighted_score(self.head, self.output, targets, self.weights)
-        value = weighted_nll(self.head, self.output, targets, self.weights)
+        value, cotangent = _value_and_cotangent(self, targets, scale)
         return value, self.linearization.vjp(cotangent)
 
 
@@ -119,20 +111,28 @@ class HessianPiece:
         """The model's output z."""
         return self.linearization.output[0]
 
-    def product(self, v: Any) -> Any:
+    def product(self, v: Any, scale: Array) -> Any:
         """The Hessian is symmetric, so the VJP of the gradient is the product itself."""
-        return self.linearization.vjp((jnp.zeros_like(self.output), v))
+        scaled = jax.tree.map(lambda x: (scale * widen(x)).astype(x.dtype), v)
+        return self.linearization.vjp((jnp.zeros_like(self.output), scaled))
 
-    def quadratic_form(self, v: Any) -> Array:
+    def quadratic_form(self, v: Any, scale: Array) -> Array:
         """v^T H v."""
-        return tree_vdot(v, self.product(v))
+        return tree_vdot(v, self.product(v, scale))
 
-    def value_and_gradient(self, targets: Any) -> tuple[Array, Any]:
+    def value_and_gradient(self, targets: Any, scale: Array) -> tuple[Array, Any]:
         """sum_i w_i nll_i and its gradient."""
-        cotangent = weighted_score(self.head, self.output, targets, self.weights)
-        value = weighted_nll(self.head, self.output, targets, self.weights)
+        value, cotangent = _value_and_cotangent(self, targets, scale)
         no_curvature = tree_zeros_like(self.linearization.output[1])
         return value, self.linearization.vjp((cotangent, no_curvature))
+
+
+def _value_and_cotangent(piece: Any, targets: Any, scale: Array) -> tuple[Array, Array]:
+    """sum_i w_i nll_i and its gradient in z, both times ``scale``."""
+    z = widen(mask_outputs(piece.weights, piece.head.event_ndim, piece.output))
+    value = weighted_nll(piece.head, z, targets, piece.weights)
+    score = apply_weights(piece.weights, piece.head.event_ndim, piece.head.score(z, targets))
+    return scale * value, (-scale * score).astype(piece.output.dtype)
 
 
 def gauss_newton_piece(
