@@ -1,0 +1,143 @@
+"""The Flax helpers: curvature and gradient see one function, inside Flax's own tools."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from dense import relative_error
+
+import fvp
+
+nnx = pytest.importorskip("flax.nnx", reason="tests of the Flax helpers")
+linen = pytest.importorskip("flax.linen", reason="tests of the Flax helpers")
+
+import fvp.linen  # noqa: E402
+import fvp.nnx  # noqa: E402
+
+HEAD, STEPS = fvp.Softmax(), 5
+RNG = np.random.default_rng(0)
+X = jnp.asarray(RNG.normal(size=(STEPS, 12, 6, 6, 1)), jnp.float32)
+Y = jnp.asarray(RNG.integers(0, 3, (STEPS, 12)))
+
+
+class Net(nnx.Module):
+    def __init__(self, rngs):
+        self.conv = nnx.Conv(1, 4, (3, 3), rngs=rngs)
+        self.norm = nnx.BatchNorm(4, rngs=rngs)
+        self.dropout = nnx.Dropout(0.4, rngs=rngs)
+        self.out = nnx.Linear(4, 3, rngs=rngs)
+
+    def __call__(self, x):
+        h = nnx.relu(self.norm(self.conv(x)))
+        return self.out(self.dropout(h).mean((1, 2)))
+
+
+def transform():
+    return fvp.natural_gradient(0.5, fvp.nnx.model_fn, HEAD, damping=0.1, maxiter=5)
+
+
+def injected():
+    make = optax.inject_hyperparams(
+        fvp.natural_gradient, static_args=("model_fn", "head", "maxiter")
+    )
+    return make(optax.constant_schedule(0.5), model_fn=fvp.nnx.model_fn, head=HEAD, maxiter=5)
+
+
+WRAPPED = {
+    "plain": transform,
+    "chain": lambda: optax.chain(optax.clip_by_global_norm(10.0), transform()),
+    "MultiSteps": lambda: optax.MultiSteps(transform(), 2),
+    "apply_if_finite": lambda: optax.apply_if_finite(transform(), 3),
+    "inject_hyperparams": injected,
+}
+
+
+@pytest.mark.parametrize("wrapper", WRAPPED)
+def test_curvature_and_gradient_logits_are_equal_to_the_last_bit(wrapper):
+    net, traces = Net(nnx.Rngs(0)), []
+    optimizer = nnx.Optimizer(net, WRAPPED[wrapper](), wrt=nnx.Param)
+    start = fvp.nnx.parameters(net)
+
+    @nnx.jit
+    def step(net, optimizer, x, y):
+        traces.append(None)
+        batch = fvp.nnx.snapshot(net, x)
+        params = fvp.nnx.parameters(net)
+        z_curvature = fvp.fisher(fvp.nnx.model_fn, HEAD, params, batch).output
+
+        def loss(net):
+            z = net(x)
+            return HEAD.nll(z, y).mean(), z
+
+        (_, z), grads = nnx.value_and_grad(loss, has_aux=True)(net)
+        optimizer.update(net, grads, batch=batch)
+        return z, z_curvature, HEAD.nll(fvp.nnx.model_fn(params, batch), y).mean()
+
+    for x, y in zip(X, Y, strict=True):
+        z, z_curvature, loss = step(net, optimizer, x, y)
+        np.testing.assert_array_equal(z, z_curvature)
+        assert jnp.isfinite(loss)
+    assert len(traces) == 1
+    assert any(
+        not np.array_equal(a, b)
+        for a, b in zip(*map(jax.tree.leaves, (start, fvp.nnx.parameters(net))), strict=True)
+    )
+
+
+def test_the_live_state_would_give_another_function():
+    """Why a snapshot is needed: a second call of the module draws another dropout mask."""
+    net = Net(nnx.Rngs(0))
+    batch = fvp.nnx.snapshot(net, X[0])
+    first = net(X[0])
+    np.testing.assert_array_equal(fvp.nnx.model_fn(fvp.nnx.parameters(net), batch), first)
+    assert relative_error(net(X[0]), first) > 1e-2
+
+
+def test_the_curvature_pass_leaves_the_module_as_it_was():
+    net = Net(nnx.Rngs(0))
+    before = nnx.as_pure(nnx.state(net, nnx.Not(nnx.RngKey)))
+    batch = fvp.nnx.snapshot(net, X[0])
+    params = fvp.nnx.parameters(net)
+    assert jnp.isfinite(fvp.fisher(fvp.nnx.model_fn, HEAD, params, batch).quadratic_form(params))
+    after = nnx.as_pure(nnx.state(net, nnx.Not(nnx.RngKey)))
+    jax.tree.map(np.testing.assert_array_equal, before, after)
+
+
+def test_chunks_split_the_inputs_and_share_the_rest():
+    net = Net(nnx.Rngs(0))
+    net.eval()
+    batch, params = fvp.nnx.snapshot(net, X[0]), fvp.nnx.parameters(net)
+    whole = fvp.fisher(fvp.nnx.model_fn, HEAD, params, batch) @ params
+    chunked = fvp.fisher(
+        fvp.nnx.model_fn, HEAD, params, batch, chunk_size=5, batch_axes=fvp.nnx.BATCH_AXES
+    )
+    for a, b in zip(*map(jax.tree.leaves, (chunked @ params, whole)), strict=True):
+        np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-6)
+
+
+def test_linen_train_state_takes_the_step_of_the_transform():
+    class Classifier(linen.Module):
+        @linen.compact
+        def __call__(self, x, train):
+            x = linen.relu(linen.Dense(8)(x.reshape(len(x), -1)))
+            return linen.Dense(3)(linen.Dropout(0.4, deterministic=not train)(x))
+
+    module = Classifier()
+    params = module.init(jax.random.key(0), X[0], train=False)["params"]
+
+    def model_fn(params, batch):
+        rngs = {"dropout": batch["key"]}
+        return module.apply({"params": params}, batch["x"], train=True, rngs=rngs)
+
+    tx = fvp.natural_gradient(0.5, model_fn, HEAD, damping=0.1, maxiter=5)
+    state = fvp.linen.TrainState.create(apply_fn=module.apply, params=params, tx=tx)
+    batch = {"x": X[0], "key": jax.random.key(1)}
+    grads = jax.grad(lambda p: HEAD.nll(model_fn(p, batch), Y[0]).mean())(params)
+    stepped = jax.jit(lambda state: state.apply_gradients(grads=grads, batch=batch))(state)
+    updates, _ = tx.update(grads, tx.init(params), params, batch=batch)
+    expected = optax.apply_updates(params, updates)
+    for a, b in zip(*map(jax.tree.leaves, (stepped.params, expected)), strict=True):
+        np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-6)
+    assert stepped.step == 1
+    assert stepped.tx is tx
