@@ -14,7 +14,6 @@ import argparse
 import json
 import math
 import pathlib
-import re
 import time
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -23,6 +22,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+from costs import collective_bytes, matmul_flops
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from tqdm import tqdm
 
@@ -150,31 +150,19 @@ def shardings(params: Any, mesh: Mesh, layout: str) -> Any:
     return jax.tree.map(spec, params)
 
 
-def collective_bytes(text: str) -> int:
-    """Bytes of the results of all collectives in a compiled program, each counted once."""
-    size = {"f64": 8, "f32": 4, "bf16": 2, "f16": 2, "s32": 4, "u32": 4, "pred": 1}
-    total = 0
-    pattern = r"= (.*?) (?:all-reduce|all-gather|reduce-scatter|all-to-all)(?:-start)?\("
-    for result in re.findall(pattern, text):
-        for kind, shape in re.findall(r"(\w+)\[([\d,]*)\]", result):
-            total += size.get(kind, 4) * math.prod(int(n) for n in shape.split(",") if n)
-    return total
-
-
 def measure(
     name: str, program: Callable[..., Any], arguments: Any, out: Any, count: int, repeats: int
 ) -> dict[str, Any]:
     """Compiles ``program``, reads its costs, and runs it ``repeats`` times (0: never)."""
     shape = arguments[1].shape
-    jitted = jax.jit(program, out_shardings=out)
     start = time.perf_counter()
-    compiled = jitted.lower(*arguments).compile()
+    traced = jax.jit(program, out_shardings=out).trace(*arguments)
+    compiled = traced.lower().compile()
     row: dict[str, Any] = {"program": name, "devices": count, "sequences": shape[0]}
     row["compile_seconds"] = time.perf_counter() - start
-    cost, memory = compiled.cost_analysis(), compiled.memory_analysis()
-    # XLA counts the body of a loop once and per device.
-    row["flops_per_device"] = cost.get("flops", math.nan) if cost else math.nan
-    row["collective_bytes"] = collective_bytes(compiled.as_text() or "")
+    memory = compiled.memory_analysis()
+    row["flops_per_device"] = matmul_flops(traced.jaxpr.jaxpr, CG_ITERATIONS) / count
+    row["collective_bytes"] = collective_bytes(compiled.as_text() or "", CG_ITERATIONS)
     row["temporary_bytes"] = memory.temp_size_in_bytes if memory else None
     if repeats:
         jax.block_until_ready(compiled(*arguments))
@@ -191,7 +179,7 @@ def measure(
         peak = next(
             (v for k, v in PEAK_FLOPS.items() if jax.devices()[0].device_kind.startswith(k)), None
         )
-        if peak and name in ("gradient", "product"):
+        if peak:
             row["fraction_of_peak"] = row["flops_per_device"] / row["seconds"] / peak
     return row
 
@@ -255,35 +243,49 @@ def report(rows: list[dict[str, Any]]) -> None:
 
 
 def plot(rows: list[dict[str, Any]], path: pathlib.Path) -> None:
-    """Seconds, flops per device and temporary memory against devices, weak and strong."""
+    """Seconds, flops, bytes sent and temporary memory against devices, weak and strong."""
     import matplotlib
 
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
+    from matplotlib.ticker import LogLocator, NullFormatter
 
     panels = [
         ("seconds", 1, "seconds per call"),
         ("flops_per_device", 1e9, "Gflop per device"),
+        ("collective_bytes", 1e6, "MB sent per device"),
         ("temporary_bytes", 1e6, "temporary MB per device"),
     ]
+    devices = sorted({r["devices"] for r in rows})
     panels = [panel for panel in panels if panel[0] in rows[0]]
     figure, axes = plt.subplots(
-        2, len(panels), figsize=(4 * len(panels), 6.5), sharex=True, squeeze=False
+        2,
+        len(panels),
+        figsize=(3.6 * len(panels), 6),
+        sharex=True,
+        squeeze=False,
+        layout="constrained",
     )
     for line, mode in zip(axes, ("weak", "strong"), strict=True):
         for axis, (field, unit, label) in zip(line, panels, strict=True):
-            for name in ("gradient", "product", "cg", "step"):
+            for name, style in zip(("gradient", "product", "cg", "step"), "osv^", strict=True):
                 chosen = [r for r in rows if r["mode"] == mode and r["program"] == name]
-                devices = [r["devices"] for r in chosen]
-                axis.plot(devices, [r[field] / unit for r in chosen], "o-", label=name)
-            axis.set(xscale="log", yscale="log", title=f"{mode} scaling", ylabel=label)
+                values = [r[field] / unit for r in chosen]
+                axis.plot([r["devices"] for r in chosen], values, f"{style}-", label=name)
+            axis.set(title=f"{mode} scaling", ylabel=label)
+            axis.set_xscale("log", base=2)
             axis.set_xticks(devices, [str(n) for n in devices])
-            axis.minorticks_off() if len(devices) > 1 else None
+            if field == "collective_bytes":
+                axis.set_ylim(bottom=0)  # one device sends nothing
+            else:
+                axis.set_yscale("log")
+                axis.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+                axis.yaxis.set_major_formatter("{x:g}")
+                axis.yaxis.set_minor_formatter(NullFormatter())
             axis.grid(alpha=0.3)
     for axis in axes[-1]:
         axis.set_xlabel("devices")
-    axes[0][0].legend()
-    figure.tight_layout()
+    figure.legend(*axes[0][0].get_legend_handles_labels(), loc="outside lower center", ncols=4)
     figure.savefig(path, dpi=130)
 
 
