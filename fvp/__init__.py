@@ -3,6 +3,7 @@
 import importlib
 from typing import Any
 
+from fvp.control import LevenbergMarquardt
 from fvp.curvature import (
     CurvatureOperator,
     empirical_fisher,
@@ -22,6 +23,7 @@ __all__ = [
     "CGInfo",
     "CurvatureOperator",
     "Gaussian",
+    "LevenbergMarquardt",
     "NaturalGradientState",
     "Sigmoid",
     "Softmax",

@@ -1,0 +1,356 @@
+"""The transformation behind the public ones: solve, control the step, try it, keep what it said."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+from jax import Array
+from jax.typing import ArrayLike
+
+from fvp.checks import check_like
+from fvp.compilation import compiled_when_eager
+from fvp.control import LevenbergMarquardt, Outcome, Step
+from fvp.control.fixed import FixedDamping
+from fvp.control.momentum import quadratic_model_step, spring_rhs
+from fvp.control.record import unknown_outcome
+from fvp.control.trial import divergence_outcome, loss_outcome, mean_kl, mean_nll
+from fvp.control.trust_region import length_within_kl
+from fvp.curvature import CurvatureOperator, empirical_fisher, fisher, ggn
+from fvp.heads import Head
+from fvp.mesh import AxisName
+from fvp.numerics import cast_like, tree_axpy, tree_vdot, tree_where
+from fvp.solvers import cg
+from fvp.transforms.subset import OnSubset, fill_masked, has_masked_nodes
+
+CURVATURES = {"fisher": fisher, "ggn": ggn, "empirical": empirical_fisher}
+WARM_START_DECAY = 0.95
+UNTRIED_KL = 0.1  # bound on the predicted KL of an adaptive step that nothing can try
+
+
+class NaturalGradientState(NamedTuple):
+    """State of :func:`fvp.scale_by_fisher` and :func:`fvp.natural_gradient`."""
+
+    count: Any  # int32 scalar, updates done
+    direction: Any  # like the parameters, the last solution: warm start and momentum; or None
+    control: Any  # state of the damping rule, float32 scalars; or None
+    damping: Array  # float32 scalar, of the last step
+    iterations: Array  # int32 scalar, CG iterations of the last step
+    residual_norm: Array  # float32 scalar, of the last solve
+    predicted_kl: Array  # float32 scalar, 1/2 s^T (curvature) s for the step s; 0 if rejected
+    accepted: Array  # bool scalar; a step that was not is zeros
+
+
+@dataclasses.dataclass(frozen=True)
+class Options:
+    """What the constructors of the transformations take, checked."""
+
+    model_fn: Callable[[Any, Any], Array]
+    head: Head
+    learning_rate: Any
+    rule: FixedDamping | LevenbergMarquardt
+    curvature: str
+    maxiter: Any
+    tol: ArrayLike
+    warm_start: bool
+    momentum: Any
+    max_kl: Any
+    constant_kl: bool
+    l2: Any
+    chunk_size: int | None
+    batch_axes: Any
+    axis_name: AxisName
+    on_subset: OnSubset  # model_fn on part of the parameters: one object, one compilation
+
+    @property
+    def adaptive(self) -> bool:
+        """Whether steps are tried and damping follows."""
+        return isinstance(self.rule, LevenbergMarquardt)
+
+    @property
+    def spring(self) -> bool:
+        """Whether the last direction enters the right-hand side."""
+        return self.momentum is not None and not isinstance(self.momentum, str)
+
+    @property
+    def keeps_direction(self) -> bool:
+        """Whether the next step reads the direction of this one."""
+        return self.warm_start or self.adaptive or self.momentum is not None
+
+
+class Data(NamedTuple):
+    """The keywords of ``update`` that say what the loss is."""
+
+    batch: Any
+    targets: Any
+    weights: Any
+    all_params: Any
+    loss_before: Any
+    value_fn: Any
+
+
+def build_transform(options: Options) -> optax.GradientTransformationExtraArgs:
+    """``init`` and ``update``; compiled when called eagerly."""
+
+    def init(params: Any) -> NaturalGradientState:
+        # One array for each field: a buffer that stands in two places cannot be donated.
+        return NaturalGradientState(
+            count=jnp.zeros((), jnp.int32),
+            direction=optax.tree.zeros_like(params) if options.keeps_direction else None,
+            control=options.rule.init() if options.adaptive else None,
+            damping=jnp.zeros((), jnp.float32),
+            iterations=jnp.zeros((), jnp.int32),
+            residual_norm=jnp.zeros((), jnp.float32),
+            predicted_kl=jnp.zeros((), jnp.float32),
+            accepted=jnp.zeros((), jnp.bool_),
+        )
+
+    @compiled_when_eager
+    def step(gradient: Any, state: NaturalGradientState, params: Any, operator: Any, data: Data):
+        return _step(options, gradient, state, params, operator, data)
+
+    def update(
+        updates: Any,
+        state: NaturalGradientState,
+        params: Any = None,
+        *,
+        batch: Any = None,
+        targets: Any = None,
+        weights: Any = None,
+        operator: CurvatureOperator | None = None,
+        all_params: Any = None,
+        value: Any = None,
+        value_fn: Any = None,
+        **extra_args: Any,
+    ) -> tuple[Any, NaturalGradientState]:
+        del extra_args
+        if params is None:
+            raise ValueError("params: expected the parameters, got None; tx.update(g, s, params).")
+        if operator is None:
+            _check_data(params, batch, targets, all_params, options.curvature)
+        gradient = check_like(updates, params, "updates", "params", cast=False)
+        if not options.adaptive or value_fn is None:
+            value = value_fn = None
+        data = Data(batch, targets, weights, all_params, value, value_fn)
+        return step(gradient, state, params, operator, data)
+
+    return optax.GradientTransformationExtraArgs(init, update)  # pyright: ignore[reportArgumentType]
+
+
+def _step(
+    options: Options,
+    gradient: Any,
+    state: NaturalGradientState,
+    params: Any,
+    operator: Any,
+    data: Data,
+) -> tuple[Any, NaturalGradientState]:
+    """Direction, length, trial, verdict."""
+    if operator is None:
+        operator = _build_operator(options, params, data)
+    previous, l2 = state.direction, options.l2
+    slope_of = gradient if l2 is None else tree_axpy(l2, cast_like(params, gradient), gradient)
+    shift = 0.0 if l2 is None else l2
+    control, strength = _damping(options, state, operator, slope_of, shift)
+
+    # The direction.
+    rhs, start = slope_of, None
+    if options.spring:
+        # At zero strength there is nothing to hold on to the old direction.
+        rhs = spring_rhs(slope_of, jnp.asarray(strength), options.momentum, previous)
+        start = jax.tree.map(lambda d: (options.momentum * d).astype(d.dtype), previous)
+    elif options.warm_start:
+        start = jax.tree.map(lambda d: (WARM_START_DECAY * d).astype(d.dtype), previous)
+    solution, info = cg(
+        operator,
+        rhs,
+        damping=strength + shift,
+        x0=start,
+        tol=options.tol,
+        maxiter=options.maxiter,
+        progress_tol=5e-4 if options.adaptive else 0.0,
+    )
+    descent = jnp.isfinite(info.residual_norm) & (info.model_value < 0)
+    curvature, norm2 = info.curvature, tree_vdot(solution, solution)
+    if options.momentum == "quadratic":
+        solution, curvature, norm2 = quadratic_model_step(
+            operator, slope_of, jnp.asarray(strength + shift), solution, curvature, previous
+        )
+    for leaf in jax.tree.leaves(solution):
+        descent &= jnp.all(jnp.isfinite(leaf))
+
+    # Its length, and what trying it says.
+    length, sign = _learning_rate(options, state.count)
+    predicted_kl = jnp.maximum(0.5 * jnp.square(length) * curvature, 0)  # never below by rounding
+    at = _moves(params, solution, gradient, length)
+    limit = options.max_kl
+    if limit is None and options.adaptive and data.batch is None and data.value_fn is None:
+        limit = UNTRIED_KL
+    if limit is not None:
+        exact = None
+        if data.batch is not None:
+            exact = lambda a: _divergence(options, operator, at(a), data)
+        shrink = length_within_kl(predicted_kl, limit, exact, constant=options.constant_kl)
+        length, predicted_kl = shrink * length, jnp.square(shrink) * predicted_kl
+        at = _moves(params, solution, gradient, length)
+    record = Step(
+        slope=tree_vdot(slope_of, solution),
+        curvature=curvature + shift * norm2,
+        damping_term=strength * norm2,
+        length=jnp.asarray(length),
+    )
+    outcome = unknown_outcome(record)
+    if options.adaptive:
+        outcome = _try(options, operator, params, at, record, predicted_kl, data)
+    accepted = descent & ~outcome.worse & (length != 0)
+    if options.adaptive:
+        # A gradient that is zero or not finite, or a loss that was not finite before the step, says
+        # nothing about damping.
+        corrected = options.rule.correct(control, record, outcome, accepted)
+        informative = descent & (record.scale > 0)
+        control = tree_where(informative, corrected, tree_where(descent, control, state.control))
+    update = jax.tree.map(
+        lambda x: jnp.where(accepted, sign * length * x, 0).astype(x.dtype), solution
+    )
+    direction = previous
+    if direction is not None:
+        # A bad batch leaves momentum and warm start alone; a step that failed its trial ends them.
+        after_failure = tree_where(outcome.worse & descent, _zeros(direction), direction)
+        direction = tree_where(accepted, cast_like(solution, direction), after_failure)
+    return update, NaturalGradientState(
+        count=optax.safe_increment(state.count),
+        direction=direction,
+        control=control,
+        damping=jnp.asarray(strength, jnp.float32),
+        iterations=info.iterations,
+        residual_norm=info.residual_norm.astype(jnp.float32),
+        predicted_kl=jnp.where(accepted, predicted_kl, 0).astype(jnp.float32),
+        accepted=accepted,
+    )
+
+
+def _damping(
+    options: Options, state: NaturalGradientState, operator: Any, gradient: Any, l2: Any
+) -> tuple[Any, Any]:
+    """State of the rule with this gradient taken in, and the damping."""
+    if isinstance(options.rule, FixedDamping):
+        return None, options.rule.at(state.count)
+    norm = _norm(gradient)
+    unit = jax.tree.map(lambda g: (g / jnp.where(norm > 0, norm, 1)).astype(g.dtype), gradient)
+    control = options.rule.observe(
+        state.control,
+        tree_vdot(gradient, state.direction),
+        norm.astype(jnp.float32),
+        lambda: (operator.quadratic_form(unit) + l2).astype(jnp.float32),
+    )
+    return control, options.rule.damping(control, norm)
+
+
+def _try(
+    options: Options,
+    operator: Any,
+    params: Any,
+    at: Callable[[Any], Any],
+    record: Step,
+    predicted_kl: Array,
+    data: Data,
+) -> Outcome:
+    """Tries the step on the loss where there is one, else on the divergence that it makes."""
+    whole = lambda p: fill_masked(p, data.all_params) if has_masked_nodes(p) else p
+    if data.value_fn is not None:
+        loss = lambda p: jnp.asarray(data.value_fn(whole(p), data.batch))
+        before = loss(params) if data.loss_before is None else jnp.asarray(data.loss_before)
+    elif data.targets is not None and data.batch is not None:
+        outputs = lambda z: mean_nll(options.head, z, data.targets, data.weights, options.axis_name)
+        loss, before = lambda p: outputs(_outputs(options, p, data)), outputs(operator.output)
+    elif data.batch is not None:
+        return divergence_outcome(record, predicted_kl, _divergence(options, operator, at(1), data))
+    else:
+        return unknown_outcome(record)
+    if options.l2 is not None:
+        penalty = lambda p: 0.5 * options.l2 * tree_vdot(p, p)
+        return loss_outcome(
+            record, before + penalty(params), lambda _: loss(at(1)) + penalty(at(1))
+        )
+    return loss_outcome(record, before, lambda _: loss(at(1)))
+
+
+def _divergence(options: Options, operator: Any, new_params: Any, data: Data) -> Array:
+    z_new = _outputs(options, new_params, data)
+    return mean_kl(options.head, operator.output, z_new, data.weights, options.axis_name)
+
+
+def _outputs(options: Options, params: Any, data: Data) -> Array:
+    if has_masked_nodes(params):
+        params = fill_masked(params, data.all_params)
+    return options.model_fn(params, data.batch)
+
+
+def _moves(params: Any, solution: Any, like: Any, length: Any) -> Callable[[Any], Any]:
+    """``a -> params`` after a times the step, rounded as optax will round it."""
+
+    def at(a: Any) -> Any:
+        step = jax.tree.map(lambda x, g: (-a * length * x).astype(g.dtype), solution, like)
+        return optax.apply_updates(params, step)
+
+    return at
+
+
+def _learning_rate(options: Options, count: Any) -> tuple[Any, float]:
+    """How far along the direction, and the sign of the update that is returned."""
+    rate = options.learning_rate
+    if rate is None:
+        return 1.0, 1.0
+    return jnp.asarray(rate(count) if callable(rate) else rate), -1.0
+
+
+def _norm(tree: Any) -> Array:
+    """Euclidean norm, also where the squares would leave the range of floats."""
+    peaks = [jnp.max(jnp.abs(leaf), initial=0) for leaf in jax.tree.leaves(tree)]
+    peak = jnp.max(jnp.stack([p.astype(jnp.float32) for p in peaks])) if peaks else jnp.zeros(())
+    safe = jnp.where((peak > 0) & jnp.isfinite(peak), peak, 1)
+    scaled = jax.tree.map(lambda x: x.astype(jnp.float32) / safe, tree)
+    return safe * jnp.sqrt(tree_vdot(scaled, scaled))
+
+
+def _zeros(tree: Any) -> Any:
+    return jax.tree.map(jnp.zeros_like, tree)
+
+
+def _build_operator(options: Options, params: Any, data: Data) -> Any:
+    model, axes, batch = options.model_fn, options.batch_axes, data.batch
+    if has_masked_nodes(params):
+        model, axes, batch = options.on_subset, (axes, None), (batch, data.all_params)
+    labels = () if options.curvature == "fisher" else (data.targets,)
+    return CURVATURES[options.curvature](
+        model,
+        options.head,
+        params,
+        batch,
+        *labels,
+        weights=data.weights,
+        chunk_size=options.chunk_size,
+        batch_axes=axes,
+        axis_name=options.axis_name,
+    )
+
+
+def _check_data(params: Any, batch: Any, targets: Any, all_params: Any, curvature: str) -> None:
+    if batch is None:
+        raise ValueError(
+            "batch: expected what model_fn reads, got None; call tx.update(grads, state, params,"
+            " batch=batch). Some optax wrappers do not forward extra arguments: in a chain, wrap"
+            " MultiSteps as optax.GradientTransformationExtraArgs(ms.init, ms.update)."
+        )
+    if targets is None and curvature != "fisher":
+        raise ValueError(f"targets: curvature={curvature!r} expects targets=, got None.")
+    if all_params is None and has_masked_nodes(params):
+        raise ValueError(
+            "all_params: optax.masked and optax.partition hide part of the parameters that model_fn"
+            " needs; pass the whole tree as tx.update(grads, state, params, batch=batch,"
+            " all_params=params)."
+        )
