@@ -47,7 +47,7 @@ def loss_outcome(step: Step, before: Array, loss: Callable[[Array], Array]) -> O
 
 
 def divergence_outcome(step: Step, predicted: Array, exact: Array) -> Outcome:
-    """Holds the exact KL of the step against 1/2 s^T F s; worse where it is off by the yardstick."""
+    """Holds the exact KL of the step against 1/2 s^T F s; worse where far above."""
     error = exact - predicted
     rounding = 4 * jnp.finfo(exact.dtype).eps * (jnp.abs(exact) + predicted)
     return Outcome(error, rounding, ~(error <= step.scale))

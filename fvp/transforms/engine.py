@@ -23,13 +23,23 @@ from fvp.control.trust_region import length_within_kl
 from fvp.curvature import CurvatureOperator, empirical_fisher, fisher, ggn
 from fvp.heads import Head
 from fvp.mesh import AxisName
-from fvp.numerics import cast_like, tree_axpy, tree_vdot, tree_where
-from fvp.solvers import cg
+from fvp.numerics import (
+    cast_like,
+    tree_axpy,
+    tree_is_finite,
+    tree_vdot,
+    tree_where,
+    unit,
+    wide_dtype,
+    widen,
+)
+from fvp.solvers import CGInfo, cg
 from fvp.transforms.subset import OnSubset, fill_masked, has_masked_nodes
 
 CURVATURES = {"fisher": fisher, "ggn": ggn, "empirical": empirical_fisher}
 WARM_START_DECAY = 0.95
-UNTRIED_KL = 0.1  # bound on the predicted KL of an adaptive step that nothing can try
+# Where nothing can try an adaptive step: a bound on its predicted KL, and more damping.
+UNTRIED_KL, UNTRIED_DAMPING = 0.1, 4.0
 
 
 class NaturalGradientState(NamedTuple):
@@ -37,7 +47,7 @@ class NaturalGradientState(NamedTuple):
 
     count: Any  # int32 scalar, updates done
     direction: Any  # like the parameters, the last solution: warm start and momentum; or None
-    control: Any  # state of the damping rule, float32 scalars; or None
+    control: Any  # state of the adaptive damping; or None
     damping: Array  # float32 scalar, of the last step
     iterations: Array  # int32 scalar, CG iterations of the last step
     residual_norm: Array  # float32 scalar, of the last solve
@@ -101,7 +111,7 @@ def build_transform(options: Options) -> optax.GradientTransformationExtraArgs:
         return NaturalGradientState(
             count=jnp.zeros((), jnp.int32),
             direction=optax.tree.zeros_like(params) if options.keeps_direction else None,
-            control=options.rule.init() if options.adaptive else None,
+            control=None if isinstance(options.rule, FixedDamping) else options.rule.init(params),
             damping=jnp.zeros((), jnp.float32),
             iterations=jnp.zeros((), jnp.int32),
             residual_norm=jnp.zeros((), jnp.float32),
@@ -155,40 +165,42 @@ def _step(
     previous, l2 = state.direction, options.l2
     slope_of = gradient if l2 is None else tree_axpy(l2, cast_like(params, gradient), gradient)
     shift = 0.0 if l2 is None else l2
-    control, strength = _damping(options, state, operator, slope_of, shift)
+    control, metric = None, None
+    if isinstance(options.rule, FixedDamping):
+        strength = jnp.asarray(options.rule.at(state.count))
+    else:
+        unit_gradient = unit(slope_of)
+        rayleigh = lambda: operator.quadratic_form(unit_gradient) + shift
+        control, strength = options.rule.observe(state.control, slope_of, previous, rayleigh)
+        metric = options.rule.metric(control)
+        if data.batch is None:
+            strength = UNTRIED_DAMPING * strength
 
     # The direction.
-    rhs, start = slope_of, None
+    rhs, start, momentum = slope_of, None, options.momentum
     if options.spring:
-        # At zero strength there is nothing to hold on to the old direction.
-        rhs = spring_rhs(slope_of, jnp.asarray(strength), options.momentum, previous)
-        start = jax.tree.map(lambda d: (options.momentum * d).astype(d.dtype), previous)
+        rhs = spring_rhs(slope_of, _damp(strength, metric, previous), momentum)
+        start = jax.tree.map(lambda d: (momentum * d).astype(d.dtype), previous)
     elif options.warm_start:
         start = jax.tree.map(lambda d: (WARM_START_DECAY * d).astype(d.dtype), previous)
-    solution, info = cg(
-        operator,
-        rhs,
-        damping=strength + shift,
-        x0=start,
-        tol=options.tol,
-        maxiter=options.maxiter,
-        progress_tol=5e-4 if options.adaptive else 0.0,
-    )
+    solution, info = _solve(options, operator, rhs, strength, shift, metric, start)
     descent = jnp.isfinite(info.residual_norm) & (info.model_value < 0)
-    curvature, norm2 = info.curvature, tree_vdot(solution, solution)
-    if options.momentum == "quadratic":
-        solution, curvature, norm2 = quadratic_model_step(
-            operator, slope_of, jnp.asarray(strength + shift), solution, curvature, previous
-        )
-    for leaf in jax.tree.leaves(solution):
-        descent &= jnp.all(jnp.isfinite(leaf))
+    curvature, damping_term = info.curvature, tree_vdot(solution, _damp(strength, metric, solution))
+    if metric is not None:
+        curvature = curvature - damping_term
+    if momentum == "quadratic":
+        damp = lambda v: tree_axpy(shift, v, _damp(strength, metric, v))
+        solution, product = quadratic_model_step(operator, damp, slope_of, solution, previous)
+        curvature = tree_vdot(solution, product)
+        damping_term = tree_vdot(solution, _damp(strength, metric, solution))
+    descent &= tree_is_finite(solution)
 
     # Its length, and what trying it says.
     length, sign = _learning_rate(options, state.count)
     predicted_kl = jnp.maximum(0.5 * jnp.square(length) * curvature, 0)  # never below by rounding
     at = _moves(params, solution, gradient, length)
     limit = options.max_kl
-    if limit is None and options.adaptive and data.batch is None and data.value_fn is None:
+    if limit is None and options.adaptive and data.batch is None:
         limit = UNTRIED_KL
     if limit is not None:
         exact = None
@@ -199,15 +211,15 @@ def _step(
         at = _moves(params, solution, gradient, length)
     record = Step(
         slope=tree_vdot(slope_of, solution),
-        curvature=curvature + shift * norm2,
-        damping_term=strength * norm2,
+        curvature=curvature + shift * tree_vdot(solution, solution),
+        damping_term=damping_term,
         length=jnp.asarray(length),
     )
     outcome = unknown_outcome(record)
     if options.adaptive:
         outcome = _try(options, operator, params, at, record, predicted_kl, data)
     accepted = descent & ~outcome.worse & (length != 0)
-    if options.adaptive:
+    if not isinstance(options.rule, FixedDamping) and control is not None:
         # A gradient that is zero or not finite, or a loss that was not finite before the step, says
         # nothing about damping.
         corrected = options.rule.correct(control, record, outcome, accepted)
@@ -233,21 +245,31 @@ def _step(
     )
 
 
-def _damping(
-    options: Options, state: NaturalGradientState, operator: Any, gradient: Any, l2: Any
-) -> tuple[Any, Any]:
-    """State of the rule with this gradient taken in, and the damping."""
-    if isinstance(options.rule, FixedDamping):
-        return None, options.rule.at(state.count)
-    norm = _norm(gradient)
-    unit = jax.tree.map(lambda g: (g / jnp.where(norm > 0, norm, 1)).astype(g.dtype), gradient)
-    control = options.rule.observe(
-        state.control,
-        tree_vdot(gradient, state.direction),
-        norm.astype(jnp.float32),
-        lambda: (operator.quadratic_form(unit) + l2).astype(jnp.float32),
-    )
-    return control, options.rule.damping(control, norm)
+def _solve(
+    options: Options,
+    operator: Any,
+    rhs: Any,
+    strength: Any,
+    shift: Any,
+    metric: Any,
+    start: Any,
+) -> tuple[Any, CGInfo]:
+    """The solution of (curvature + strength D + shift I) d = rhs; D = I without a metric."""
+    limits = {"x0": start, "tol": options.tol, "maxiter": options.maxiter}
+    if metric is None:
+        return cg(operator, rhs, damping=strength + shift, **limits)
+    multiply = lambda v: tree_axpy(1, _damp(strength, metric, v), operator.mv(v))
+    precondition = lambda r: jax.tree.map(lambda x, d: (x / d).astype(x.dtype), r, metric)
+    return cg(multiply, rhs, damping=shift, M=precondition, **limits)
+
+
+def _damp(strength: Any, metric: Any, v: Any) -> Any:
+    """Strength D v in float32 or wider; D = I without a metric."""
+    strength = jnp.asarray(strength)
+    scaled = jax.tree.map(lambda x: strength.astype(wide_dtype(x.dtype)) * widen(x), v)
+    if metric is None:
+        return scaled
+    return jax.tree.map(lambda x, d: x * d.astype(x.dtype), scaled, metric)
 
 
 def _try(
@@ -261,10 +283,10 @@ def _try(
 ) -> Outcome:
     """Tries the step on the loss where there is one, else on the divergence that it makes."""
     whole = lambda p: fill_masked(p, data.all_params) if has_masked_nodes(p) else p
-    if data.value_fn is not None:
+    if data.value_fn is not None and data.batch is not None:
         loss = lambda p: jnp.asarray(data.value_fn(whole(p), data.batch))
         before = loss(params) if data.loss_before is None else jnp.asarray(data.loss_before)
-    elif data.targets is not None and data.batch is not None:
+    elif data.batch is not None and data.targets is not None:
         outputs = lambda z: mean_nll(options.head, z, data.targets, data.weights, options.axis_name)
         loss, before = lambda p: outputs(_outputs(options, p, data)), outputs(operator.output)
     elif data.batch is not None:
@@ -306,15 +328,6 @@ def _learning_rate(options: Options, count: Any) -> tuple[Any, float]:
     if rate is None:
         return 1.0, 1.0
     return jnp.asarray(rate(count) if callable(rate) else rate), -1.0
-
-
-def _norm(tree: Any) -> Array:
-    """Euclidean norm, also where the squares would leave the range of floats."""
-    peaks = [jnp.max(jnp.abs(leaf), initial=0) for leaf in jax.tree.leaves(tree)]
-    peak = jnp.max(jnp.stack([p.astype(jnp.float32) for p in peaks])) if peaks else jnp.zeros(())
-    safe = jnp.where((peak > 0) & jnp.isfinite(peak), peak, 1)
-    scaled = jax.tree.map(lambda x: x.astype(jnp.float32) / safe, tree)
-    return safe * jnp.sqrt(tree_vdot(scaled, scaled))
 
 
 def _zeros(tree: Any) -> Any:

@@ -1,4 +1,4 @@
-"""Optax transformations: a damped solve with the curvature of the batch, and control of its step."""
+"""Optax transformations: a damped solve with the curvature of the batch, its step controlled."""
 
 from __future__ import annotations
 
@@ -7,7 +7,6 @@ from typing import Any
 
 import optax
 from jax import Array
-from jax.core import Tracer
 from jax.typing import ArrayLike
 
 from fvp.control import LevenbergMarquardt
@@ -58,17 +57,33 @@ def scale_by_fisher(
     - ``all_params``: the whole parameter tree, under ``optax.masked`` or ``optax.partition``: the
       model is evaluated on it, and the curvature is the exact block of the unmasked leaves.
 
+    - ``value_fn``, and ``value``: the loss as ``value_fn(params, batch)``, and its value at
+      ``params``; adaptive damping tries the step on it, or else on the head's nll at ``targets``,
+      or without both on the KL divergence that it makes.
+
     Other keywords are ignored. Where the gradient or the solution is not finite, or no descent was
-    found, the update is zero, the warm start is kept and ``accepted`` in the state is False.
+    found, the update is zero, the warm start is kept and ``accepted`` in the state is False. Under
+    adaptive damping so is a step that raises the loss on its batch; momentum starts anew then.
 
     Args:
       model_fn: pure function ``model_fn(params, batch) -> z``.
       head: output distribution, such as ``fvp.Softmax()``.
-      damping: multiple of the identity added to the curvature: a number or an optax schedule.
+      damping: multiple of the identity added to the curvature, a number or an optax schedule; or
+        :class:`fvp.LevenbergMarquardt`, the default, which adapts it and rejects bad steps.
       curvature: "fisher", "ggn" or "empirical".
       maxiter: most CG iterations.
       tol: CG stops at this relative residual.
-      warm_start: start CG at the last solution; costs one product.
+      warm_start: start CG at 0.95 times the last solution; costs one product.
+      momentum: in [0, 1), SPRING's: damping pulls towards momentum times the last direction instead
+        of zero, and CG starts there, which costs one product. "quadratic": the step is the best
+        combination of the direction and the last one in the quadratic model, which costs two
+        products. None is 0.9 with adaptive damping and no momentum with a given one.
+      max_kl: bound on the mean KL divergence of the step that is returned, in nats. The step is
+        scaled to 1/2 s^T F s <= max_kl, then corrected until the head's exact divergence is at most
+        5% above the bound; each correction costs a forward pass.
+      constant_kl: scale every step to exactly ``max_kl``.
+      l2: adds l2/2 |params|^2 to the loss: to the gradient (pass that of the loss alone), the
+        curvature and the trial of the step.
       chunk_size: examples linearised at a time, see :func:`fvp.fisher`.
       batch_axes: the example axes of ``batch``, see :func:`fvp.fisher`.
       axis_name: mesh axes that the batch is split over inside ``shard_map``, see
@@ -195,7 +210,7 @@ def _transform(
         raise ValueError(f"momentum: expected a number in [0, 1), got {momentum}.")
     if max_kl is None and constant_kl:
         raise ValueError("max_kl: constant_kl=True expects the length of the step, got None.")
-    if max_kl is not None and not isinstance(max_kl, Tracer) and not max_kl > 0:
+    if isinstance(max_kl, (int, float)) and not max_kl > 0:
         raise ValueError(f"max_kl: expected a positive number of nats, got {max_kl}.")
     adaptive = isinstance(damping, LevenbergMarquardt)
     if momentum is None and adaptive:
