@@ -16,6 +16,7 @@ from fvp.curvature import (
     mc_fisher,
 )
 from fvp.heads import Gaussian, Sigmoid, Softmax
+from fvp.preconditioners import diagonal_preconditioner, nystrom_preconditioner
 from fvp.solvers import CGInfo, cg
 from fvp.transforms import NaturalGradientState, natural_gradient, scale_by_fisher
 
@@ -28,6 +29,7 @@ __all__ = [
     "Sigmoid",
     "Softmax",
     "cg",
+    "diagonal_preconditioner",
     "empirical_fisher",
     "empirical_fisher_vector_product",
     "fisher",
@@ -37,6 +39,7 @@ __all__ = [
     "hessian",
     "mc_fisher",
     "natural_gradient",
+    "nystrom_preconditioner",
     "scale_by_fisher",
 ]
 

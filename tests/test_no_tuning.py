@@ -1,4 +1,4 @@
-"""The defaults train handwritten digits from full batch down to small batches, ten seeds at once."""
+"""The defaults train handwritten digits from full batch to small batches, ten seeds at once."""
 
 import functools
 

@@ -46,17 +46,18 @@ class LevenbergMarquardt:
     times ``decrease`` where the next batch's gradient still points along the step (full batches, or
     far from the minimum), by 1% where it does not, because then the noise of the batches and not
     the model limits the step. A step that raises the loss or gives a value that is not finite is
-    rejected. D = (s / mean s + 1e-3)^0.75, divided by its mean, with s a running average of the
-    squared gradients, remembers which parameters earlier batches found steep.
+    rejected, and the factor grows, times ``increase`` squared. D = (s / mean s + 1e-3)^0.75,
+    divided by its mean, with s a running average of the squared gradients, remembers which
+    parameters earlier batches found steep.
 
     Free of scale: the first lambda is ``initial`` times the curvature along the gradient,
     g^T F g / g^T g, so that the units of the loss and of the parameters do not matter.
 
     The reduction is measured with ``value_fn(params, batch)`` where ``update`` gets it, otherwise
-    with the head's nll at ``targets``. Without either, the exact KL divergence of the step is held
-    against its prediction 1/2 s^T F s, which bounds steps but can't see the loss rise. With
-    ``operator=`` and no ``batch=`` nothing can be tried: the factor then stays four times the first
-    one, and a predicted KL of 0.1 bounds the step.
+    with the head's nll at ``targets``. Without either, the step's KL divergence is bounded by 0.1,
+    and held against its prediction 1/2 s^T F s, which can't see the loss rise. With ``operator=``
+    and no ``batch=`` nothing can be tried: the factor then stays four times the first one, and it
+    is the predicted KL that is bounded.
 
     Args:
       initial: first lambda over the curvature along the gradient.
@@ -143,6 +144,7 @@ class LevenbergMarquardt:
         bad = outcome.worse | (known & ~(error <= _DISTRUSTED))
         shrink = jnp.where(agree, self.decrease, _SLOW)
         change = jnp.where(bad, self.increase, jnp.where(good, shrink, 1))
+        change = jnp.where(outcome.worse, self.increase**2, change)
         return state._replace(
             factor=jnp.clip(state.factor * change, 1e-30, 1e30).astype(jnp.float32),
             slope=jnp.where(accepted, step.slope, 0).astype(jnp.float32),

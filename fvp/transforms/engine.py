@@ -38,7 +38,7 @@ from fvp.transforms.subset import OnSubset, fill_masked, has_masked_nodes
 
 CURVATURES = {"fisher": fisher, "ggn": ggn, "empirical": empirical_fisher}
 WARM_START_DECAY = 0.95
-# Where nothing can try an adaptive step: a bound on its predicted KL, and more damping.
+# Where no loss can try an adaptive step: a bound on its KL; without a batch, also more damping.
 UNTRIED_KL, UNTRIED_DAMPING = 0.1, 4.0
 
 
@@ -101,6 +101,11 @@ class Data(NamedTuple):
     all_params: Any
     loss_before: Any
     value_fn: Any
+
+    @property
+    def has_loss(self) -> bool:
+        """Whether a step can be tried on the loss."""
+        return self.batch is not None and (self.targets is not None or self.value_fn is not None)
 
 
 def build_transform(options: Options) -> optax.GradientTransformationExtraArgs:
@@ -200,7 +205,7 @@ def _step(
     predicted_kl = jnp.maximum(0.5 * jnp.square(length) * curvature, 0)  # never below by rounding
     at = _moves(params, solution, gradient, length)
     limit = options.max_kl
-    if limit is None and options.adaptive and data.batch is None:
+    if limit is None and options.adaptive and not data.has_loss:
         limit = UNTRIED_KL
     if limit is not None:
         exact = None
@@ -283,10 +288,10 @@ def _try(
 ) -> Outcome:
     """Tries the step on the loss where there is one, else on the divergence that it makes."""
     whole = lambda p: fill_masked(p, data.all_params) if has_masked_nodes(p) else p
-    if data.value_fn is not None and data.batch is not None:
+    if data.has_loss and data.value_fn is not None:
         loss = lambda p: jnp.asarray(data.value_fn(whole(p), data.batch))
         before = loss(params) if data.loss_before is None else jnp.asarray(data.loss_before)
-    elif data.batch is not None and data.targets is not None:
+    elif data.has_loss:
         outputs = lambda z: mean_nll(options.head, z, data.targets, data.weights, options.axis_name)
         loss, before = lambda p: outputs(_outputs(options, p, data)), outputs(operator.output)
     elif data.batch is not None:
