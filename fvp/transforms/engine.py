@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -10,19 +9,16 @@ import jax
 import jax.numpy as jnp
 import optax
 from jax import Array
-from jax.typing import ArrayLike
 
 from fvp.checks import check_like
 from fvp.compilation import compiled_when_eager
-from fvp.control import LevenbergMarquardt, Outcome, Step
+from fvp.control import Outcome, Step
 from fvp.control.fixed import FixedDamping
 from fvp.control.momentum import quadratic_model_step, spring_rhs
 from fvp.control.record import unknown_outcome
 from fvp.control.trial import divergence_outcome, loss_outcome, mean_kl, mean_nll
 from fvp.control.trust_region import length_within_kl
-from fvp.curvature import CurvatureOperator, empirical_fisher, fisher, ggn
-from fvp.heads import Head
-from fvp.mesh import AxisName
+from fvp.curvature import CurvatureOperator
 from fvp.numerics import (
     cast_like,
     tree_axpy,
@@ -34,9 +30,9 @@ from fvp.numerics import (
     widen,
 )
 from fvp.solvers import CGInfo, cg
-from fvp.transforms.subset import OnSubset, fill_masked, has_masked_nodes
+from fvp.transforms.options import CURVATURES, Data, Options, check_data
+from fvp.transforms.subset import fill_masked, has_masked_nodes
 
-CURVATURES = {"fisher": fisher, "ggn": ggn, "empirical": empirical_fisher}
 WARM_START_DECAY = 0.95
 # Where no loss can try an adaptive step: a bound on its KL; without a batch, also more damping.
 UNTRIED_KL, UNTRIED_DAMPING = 0.1, 4.0
@@ -53,59 +49,6 @@ class NaturalGradientState(NamedTuple):
     residual_norm: Array  # float32 scalar, of the last solve
     predicted_kl: Array  # float32 scalar, 1/2 s^T (curvature) s for the step s; 0 if rejected
     accepted: Array  # bool scalar; a step that was not is zeros
-
-
-@dataclasses.dataclass(frozen=True)
-class Options:
-    """What the constructors of the transformations take, checked."""
-
-    model_fn: Callable[[Any, Any], Array]
-    head: Head
-    learning_rate: Any
-    rule: FixedDamping | LevenbergMarquardt
-    curvature: str
-    maxiter: Any
-    tol: ArrayLike
-    warm_start: bool
-    momentum: Any
-    max_kl: Any
-    constant_kl: bool
-    l2: Any
-    chunk_size: int | None
-    batch_axes: Any
-    axis_name: AxisName
-    on_subset: OnSubset  # model_fn on part of the parameters: one object, one compilation
-
-    @property
-    def adaptive(self) -> bool:
-        """Whether steps are tried and damping follows."""
-        return isinstance(self.rule, LevenbergMarquardt)
-
-    @property
-    def spring(self) -> bool:
-        """Whether the last direction enters the right-hand side."""
-        return self.momentum is not None and not isinstance(self.momentum, str)
-
-    @property
-    def keeps_direction(self) -> bool:
-        """Whether the next step reads the direction of this one."""
-        return self.warm_start or self.adaptive or self.momentum is not None
-
-
-class Data(NamedTuple):
-    """The keywords of ``update`` that say what the loss is."""
-
-    batch: Any
-    targets: Any
-    weights: Any
-    all_params: Any
-    loss_before: Any
-    value_fn: Any
-
-    @property
-    def has_loss(self) -> bool:
-        """Whether a step can be tried on the loss."""
-        return self.batch is not None and (self.targets is not None or self.value_fn is not None)
 
 
 def build_transform(options: Options) -> optax.GradientTransformationExtraArgs:
@@ -146,7 +89,7 @@ def build_transform(options: Options) -> optax.GradientTransformationExtraArgs:
         if params is None:
             raise ValueError("params: expected the parameters, got None; tx.update(g, s, params).")
         if operator is None:
-            _check_data(params, batch, targets, all_params, options.curvature)
+            check_data(params, batch, targets, all_params, options.curvature)
         gradient = check_like(updates, params, "updates", "params", cast=False)
         if not options.adaptive or value_fn is None:
             value = value_fn = None
@@ -355,20 +298,3 @@ def _build_operator(options: Options, params: Any, data: Data) -> Any:
         batch_axes=axes,
         axis_name=options.axis_name,
     )
-
-
-def _check_data(params: Any, batch: Any, targets: Any, all_params: Any, curvature: str) -> None:
-    if batch is None:
-        raise ValueError(
-            "batch: expected what model_fn reads, got None; call tx.update(grads, state, params,"
-            " batch=batch). Some optax wrappers do not forward extra arguments: in a chain, wrap"
-            " MultiSteps as optax.GradientTransformationExtraArgs(ms.init, ms.update)."
-        )
-    if targets is None and curvature != "fisher":
-        raise ValueError(f"targets: curvature={curvature!r} expects targets=, got None.")
-    if all_params is None and has_masked_nodes(params):
-        raise ValueError(
-            "all_params: optax.masked and optax.partition hide part of the parameters that model_fn"
-            " needs; pass the whole tree as tx.update(grads, state, params, batch=batch,"
-            " all_params=params)."
-        )

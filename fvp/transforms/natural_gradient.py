@@ -14,7 +14,8 @@ from fvp.control.fixed import FixedDamping
 from fvp.curvature.operators import ModelFn
 from fvp.heads import Head
 from fvp.mesh import AxisName
-from fvp.transforms.engine import CURVATURES, Options, build_transform
+from fvp.transforms.engine import build_transform
+from fvp.transforms.options import CURVATURES, Options
 from fvp.transforms.subset import OnSubset
 
 ScalarOrSchedule = ArrayLike | Callable[[Array], ArrayLike]
