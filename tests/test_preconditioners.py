@@ -24,7 +24,7 @@ def operator(dense):
 
 def iterations(A, M):
     rhs = UNRAVEL(jnp.asarray(np.random.default_rng(1).normal(size=FLAT.size)))
-    x, info = fvp.cg(A, rhs, damping=DAMPING, M=M, tol=1e-3)
+    _, info = fvp.cg(A, rhs, damping=DAMPING, M=M, tol=1e-3)
     assert bool(info.converged)
     return int(info.iterations)
 

@@ -270,6 +270,29 @@ def test_step_within_the_bound_is_left_alone():
     np.testing.assert_allclose(flatten(bound), flatten(free), rtol=1e-12)
 
 
+# Line searches -----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("search", ["loss", "outputs"])
+def test_line_search_finds_the_best_halving(search):
+    p = problem()
+    tx = fvp.natural_gradient(50.0, p.model_fn, p.head, damping=0.1, line_search=search, **SOLVED)
+    updates, state = p.step(tx)
+    F, g = p.dense
+    d = p.unravel(-50 * np.linalg.solve(F + 0.1 * np.eye(len(g)), g))
+    along = lambda a: jax.tree.map(lambda x, y: x + a * y, p.params, d)
+    if search == "loss":
+        values = [p.loss(along(2.0**-k)) for k in range(11)]
+    else:
+        model = lambda params: p.model_fn(params, p.batch)
+        z, change = jax.jvp(model, (p.params,), (d,))
+        values = [p.head.nll(z + 2.0**-k * change, p.targets).mean() for k in range(11)]
+    assert bool(state.accepted)
+    assert 0 < int(np.argmin(values)) < 10
+    best = 2.0 ** -int(np.argmin(values))
+    np.testing.assert_allclose(flatten(updates), best * flatten(d), rtol=1e-6)
+
+
 # Errors ------------------------------------------------------------------------------------------
 
 
@@ -281,6 +304,7 @@ def test_step_within_the_bound_is_left_alone():
         ("decrease", lambda: {"damping": fvp.LevenbergMarquardt(decrease=2.0)}),
         ("momentum", lambda: {"momentum": 1.5}),
         ("momentum", lambda: {"momentum": "heavy"}),
+        ("line_search", lambda: {"line_search": "wolfe"}),
         ("max_kl", lambda: {"max_kl": -1.0}),
         ("max_kl", lambda: {"constant_kl": True}),
     ],

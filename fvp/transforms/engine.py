@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
@@ -12,11 +11,10 @@ from jax import Array
 
 from fvp.checks import check_like
 from fvp.compilation import compiled_when_eager
-from fvp.control import Outcome, Step
+from fvp.control import Step
 from fvp.control.fixed import FixedDamping
 from fvp.control.momentum import quadratic_model_step, spring_rhs
 from fvp.control.record import unknown_outcome
-from fvp.control.trial import divergence_outcome, loss_outcome, mean_kl, mean_nll
 from fvp.control.trust_region import length_within_kl
 from fvp.curvature import CurvatureOperator
 from fvp.numerics import (
@@ -31,7 +29,8 @@ from fvp.numerics import (
 )
 from fvp.solvers import CGInfo, cg
 from fvp.transforms.options import CURVATURES, Data, Options, check_data
-from fvp.transforms.subset import fill_masked, has_masked_nodes
+from fvp.transforms.subset import has_masked_nodes
+from fvp.transforms.trying import divergence, moves, search_length, try_step
 
 WARM_START_DECAY = 0.95
 # Where no loss can try an adaptive step: a bound on its KL; without a batch, also more damping.
@@ -91,7 +90,7 @@ def build_transform(options: Options) -> optax.GradientTransformationExtraArgs:
         if operator is None:
             check_data(params, batch, targets, all_params, options.curvature)
         gradient = check_like(updates, params, "updates", "params", cast=False)
-        if not options.adaptive or value_fn is None:
+        if not options.tries or value_fn is None:
             value = value_fn = None
         data = Data(batch, targets, weights, all_params, value, value_fn)
         return step(gradient, state, params, operator, data)
@@ -146,17 +145,21 @@ def _step(
     # Its length, and what trying it says.
     length, sign = _learning_rate(options, state.count)
     predicted_kl = jnp.maximum(0.5 * jnp.square(length) * curvature, 0)  # never below by rounding
-    at = _moves(params, solution, gradient, length)
+    at = moves(params, solution, gradient, length)
     limit = options.max_kl
     if limit is None and options.adaptive and not data.has_loss:
         limit = UNTRIED_KL
     if limit is not None:
         exact = None
         if data.batch is not None:
-            exact = lambda a: _divergence(options, operator, at(a), data)
+            exact = lambda a: divergence(options, operator, at(a), data)
         shrink = length_within_kl(predicted_kl, limit, exact, constant=options.constant_kl)
         length, predicted_kl = shrink * length, jnp.square(shrink) * predicted_kl
-        at = _moves(params, solution, gradient, length)
+        at = moves(params, solution, gradient, length)
+    if options.line_search is not None:
+        shrink = search_length(options, operator, params, solution, length, at, data)
+        length, predicted_kl = shrink * length, jnp.square(shrink) * predicted_kl
+        at = moves(params, solution, gradient, length)
     record = Step(
         slope=tree_vdot(slope_of, solution),
         curvature=curvature + shift * tree_vdot(solution, solution),
@@ -164,8 +167,8 @@ def _step(
         length=jnp.asarray(length),
     )
     outcome = unknown_outcome(record)
-    if options.adaptive:
-        outcome = _try(options, operator, params, at, record, predicted_kl, data)
+    if options.adaptive or options.line_search is not None:
+        outcome = try_step(options, operator, params, at, record, predicted_kl, data)
     accepted = descent & ~outcome.worse & (length != 0)
     if not isinstance(options.rule, FixedDamping) and control is not None:
         # A gradient that is zero or not finite, or a loss that was not finite before the step, says
@@ -218,56 +221,6 @@ def _damp(strength: Any, metric: Any, v: Any) -> Any:
     if metric is None:
         return scaled
     return jax.tree.map(lambda x, d: x * d.astype(x.dtype), scaled, metric)
-
-
-def _try(
-    options: Options,
-    operator: Any,
-    params: Any,
-    at: Callable[[Any], Any],
-    record: Step,
-    predicted_kl: Array,
-    data: Data,
-) -> Outcome:
-    """Tries the step on the loss where there is one, else on the divergence that it makes."""
-    whole = lambda p: fill_masked(p, data.all_params) if has_masked_nodes(p) else p
-    if data.has_loss and data.value_fn is not None:
-        loss = lambda p: jnp.asarray(data.value_fn(whole(p), data.batch))
-        before = loss(params) if data.loss_before is None else jnp.asarray(data.loss_before)
-    elif data.has_loss:
-        outputs = lambda z: mean_nll(options.head, z, data.targets, data.weights, options.axis_name)
-        loss, before = lambda p: outputs(_outputs(options, p, data)), outputs(operator.output)
-    elif data.batch is not None:
-        return divergence_outcome(record, predicted_kl, _divergence(options, operator, at(1), data))
-    else:
-        return unknown_outcome(record)
-    if options.l2 is not None:
-        penalty = lambda p: 0.5 * options.l2 * tree_vdot(p, p)
-        return loss_outcome(
-            record, before + penalty(params), lambda _: loss(at(1)) + penalty(at(1))
-        )
-    return loss_outcome(record, before, lambda _: loss(at(1)))
-
-
-def _divergence(options: Options, operator: Any, new_params: Any, data: Data) -> Array:
-    z_new = _outputs(options, new_params, data)
-    return mean_kl(options.head, operator.output, z_new, data.weights, options.axis_name)
-
-
-def _outputs(options: Options, params: Any, data: Data) -> Array:
-    if has_masked_nodes(params):
-        params = fill_masked(params, data.all_params)
-    return options.model_fn(params, data.batch)
-
-
-def _moves(params: Any, solution: Any, like: Any, length: Any) -> Callable[[Any], Any]:
-    """``a -> params`` after a times the step, rounded as optax will round it."""
-
-    def at(a: Any) -> Any:
-        step = jax.tree.map(lambda x, g: (-a * length * x).astype(g.dtype), solution, like)
-        return optax.apply_updates(params, step)
-
-    return at
 
 
 def _learning_rate(options: Options, count: Any) -> tuple[Any, float]:

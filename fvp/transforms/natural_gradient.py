@@ -38,6 +38,7 @@ def scale_by_fisher(
     max_kl: ArrayLike | None = None,
     constant_kl: bool = False,
     l2: ArrayLike | None = None,
+    line_search: str | None = None,
     chunk_size: int | None = None,
     batch_axes: Any = 0,
     axis_name: AxisName = None,
@@ -85,6 +86,9 @@ def scale_by_fisher(
       constant_kl: scale every step to exactly ``max_kl``.
       l2: adds l2/2 |params|^2 to the loss: to the gradient (pass that of the loss alone), the
         curvature and the trial of the step.
+      line_search: the best of 1, 1/2, ..., 2^-10 times the step: "loss" by the loss itself, at a
+        forward pass each, "outputs" by the loss of the linearised outputs z - a J d, at one JVP for
+        all. A step that raises the loss is then rejected, whatever the damping.
       chunk_size: examples linearised at a time, see :func:`fvp.fisher`.
       batch_axes: the example axes of ``batch``, see :func:`fvp.fisher`.
       axis_name: mesh axes that the batch is split over inside ``shard_map``, see
@@ -123,6 +127,7 @@ def scale_by_fisher(
         max_kl=max_kl,
         constant_kl=constant_kl,
         l2=l2,
+        line_search=line_search,
         chunk_size=chunk_size,
         batch_axes=batch_axes,
         axis_name=axis_name,
@@ -143,6 +148,7 @@ def natural_gradient(
     max_kl: ArrayLike | None = None,
     constant_kl: bool = False,
     l2: ArrayLike | None = None,
+    line_search: str | None = None,
     chunk_size: int | None = None,
     batch_axes: Any = 0,
     axis_name: AxisName = None,
@@ -162,6 +168,7 @@ def natural_gradient(
       max_kl: see there.
       constant_kl: see there.
       l2: see there.
+      line_search: see there.
       chunk_size: see there.
       batch_axes: see there.
       axis_name: see there.
@@ -182,6 +189,7 @@ def natural_gradient(
         max_kl=max_kl,
         constant_kl=constant_kl,
         l2=l2,
+        line_search=line_search,
         chunk_size=chunk_size,
         batch_axes=batch_axes,
         axis_name=axis_name,
@@ -209,6 +217,10 @@ def _transform(
         raise ValueError(f'momentum: expected a number or "quadratic", got {momentum!r}.')
     if isinstance(momentum, (int, float)) and not 0 <= momentum < 1:
         raise ValueError(f"momentum: expected a number in [0, 1), got {momentum}.")
+    if options["line_search"] not in (None, "loss", "outputs"):
+        raise ValueError(
+            f'line_search: expected "loss" or "outputs", got {options["line_search"]!r}.'
+        )
     if max_kl is None and constant_kl:
         raise ValueError("max_kl: constant_kl=True expects the length of the step, got None.")
     if isinstance(max_kl, (int, float)) and not max_kl > 0:

@@ -35,6 +35,7 @@ class Options:
     max_kl: Any
     constant_kl: bool
     l2: Any
+    line_search: str | None
     chunk_size: int | None
     batch_axes: Any
     axis_name: AxisName
@@ -44,6 +45,11 @@ class Options:
     def adaptive(self) -> bool:
         """Whether steps are tried and damping follows."""
         return isinstance(self.rule, LevenbergMarquardt)
+
+    @property
+    def tries(self) -> bool:
+        """Whether a step is tried before it is returned."""
+        return self.adaptive or self.line_search is not None
 
     @property
     def spring(self) -> bool:
