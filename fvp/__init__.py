@@ -3,6 +3,7 @@
 import importlib
 from typing import Any
 
+from fvp.control import LevenbergMarquardt
 from fvp.curvature import (
     CurvatureOperator,
     empirical_fisher,
@@ -15,6 +16,7 @@ from fvp.curvature import (
     mc_fisher,
 )
 from fvp.heads import Gaussian, Sigmoid, Softmax
+from fvp.preconditioners import diagonal_preconditioner, nystrom_preconditioner
 from fvp.solvers import CGInfo, cg
 from fvp.transforms import NaturalGradientState, natural_gradient, scale_by_fisher
 
@@ -22,10 +24,12 @@ __all__ = [
     "CGInfo",
     "CurvatureOperator",
     "Gaussian",
+    "LevenbergMarquardt",
     "NaturalGradientState",
     "Sigmoid",
     "Softmax",
     "cg",
+    "diagonal_preconditioner",
     "empirical_fisher",
     "empirical_fisher_vector_product",
     "fisher",
@@ -35,6 +39,7 @@ __all__ = [
     "hessian",
     "mc_fisher",
     "natural_gradient",
+    "nystrom_preconditioner",
     "scale_by_fisher",
 ]
 

@@ -61,3 +61,27 @@ def tree_where(condition: Array, a: Any, b: Any) -> Any:
 def tree_zeros_like(tree: Any) -> Any:
     """Zeros with the shapes, dtypes and shardings of ``tree``."""
     return jax.tree.map(jnp.zeros_like, tree)
+
+
+def tree_norm(tree: Any) -> Array:
+    """Euclidean norm, also where the squares would leave the range of floats."""
+    peaks = [jnp.max(jnp.abs(widen(leaf)), initial=0) for leaf in jax.tree.leaves(tree)]
+    peak = jnp.max(jnp.stack(jnp.broadcast_arrays(*peaks))) if peaks else jnp.zeros(())
+    safe = jnp.where((peak > 0) & jnp.isfinite(peak), peak, 1)
+    scaled = jax.tree.map(lambda x: widen(x) / safe, tree)
+    return safe * jnp.sqrt(tree_vdot(scaled, scaled))
+
+
+def unit(tree: Any) -> Any:
+    """``tree`` divided by its norm; zeros stay zeros."""
+    norm = tree_norm(tree)
+    norm = jnp.where(norm > 0, norm, 1)
+    return jax.tree.map(lambda x: (widen(x) / norm).astype(x.dtype), tree)
+
+
+def tree_is_finite(tree: Any) -> Array:
+    """Whether every entry is finite."""
+    finite = jnp.array(True)
+    for leaf in jax.tree.leaves(tree):
+        finite &= jnp.all(jnp.isfinite(leaf))
+    return finite

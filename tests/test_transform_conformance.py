@@ -209,6 +209,9 @@ def test_map_params_reaches_the_trees_like_params_only(tx):
     doubled = optax.tree.map_params(tx, lambda leaf: 2 * leaf, state)
     warm = state.direction is not None
     expected = state._replace(direction=scaled(2, state.direction)) if warm else state
+    if state.control is not None:
+        squares = scaled(2, state.control.squares)
+        expected = expected._replace(control=state.control._replace(squares=squares))
     jax.tree.map(np.testing.assert_array_equal, doubled, expected)
 
 

@@ -1,9 +1,6 @@
 """Optax gradient transformations."""
 
-from fvp.transforms.natural_gradient import (
-    NaturalGradientState,
-    natural_gradient,
-    scale_by_fisher,
-)
+from fvp.transforms.engine import NaturalGradientState
+from fvp.transforms.natural_gradient import natural_gradient, scale_by_fisher
 
 __all__ = ["NaturalGradientState", "natural_gradient", "scale_by_fisher"]

@@ -1,51 +1,44 @@
-"""Optax transformations: a damped solve with the curvature of the batch."""
+"""Optax transformations: a damped solve with the curvature of the batch, its step controlled."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any
 
-import jax
-import jax.numpy as jnp
 import optax
 from jax import Array
 from jax.typing import ArrayLike
 
-from fvp.checks import check_like
-from fvp.compilation import compiled_when_eager
-from fvp.curvature import CurvatureOperator, empirical_fisher, fisher, ggn
+from fvp.control import LevenbergMarquardt
+from fvp.control.fixed import FixedDamping
 from fvp.curvature.operators import ModelFn
 from fvp.heads import Head
 from fvp.mesh import AxisName
-from fvp.numerics import cast_like, tree_where
-from fvp.solvers import cg
+from fvp.transforms.engine import build_transform
+from fvp.transforms.options import CURVATURES, Options
+from fvp.transforms.subset import OnSubset
 
 ScalarOrSchedule = ArrayLike | Callable[[Array], ArrayLike]
+Damping = ScalarOrSchedule | LevenbergMarquardt
 
-_CURVATURES = {"fisher": fisher, "ggn": ggn, "empirical": empirical_fisher}
-
-
-class NaturalGradientState(NamedTuple):
-    """State of :func:`scale_by_fisher` and :func:`natural_gradient`."""
-
-    count: Any  # int32 scalar, updates done
-    direction: Any  # like the parameters, the last solution, where the next solve starts; or None
-    damping: Array  # float32 scalar, of the last step
-    iterations: Array  # int32 scalar, CG iterations of the last step
-    residual_norm: Array  # float32 scalar, of the last solve
-    predicted_kl: Array  # float32 scalar, 1/2 d^T (curvature) d for the last step d
-    accepted: Array  # bool scalar; a step that was not is zeros
+_DEFAULT_DAMPING = LevenbergMarquardt()
+_MOMENTUM = 0.9  # of adaptive damping
 
 
 def scale_by_fisher(
     model_fn: ModelFn,
     head: Head,
     *,
-    damping: ScalarOrSchedule = 0.1,
+    damping: Damping = _DEFAULT_DAMPING,
     curvature: str = "fisher",
-    maxiter: Any = 20,
-    tol: ArrayLike = 1e-3,
+    maxiter: Any = 10,
+    tol: ArrayLike = 0.03,
     warm_start: bool = False,
+    momentum: ArrayLike | str | None = None,
+    max_kl: ArrayLike | None = None,
+    constant_kl: bool = False,
+    l2: ArrayLike | None = None,
+    line_search: str | None = None,
     chunk_size: int | None = None,
     batch_axes: Any = 0,
     axis_name: AxisName = None,
@@ -66,17 +59,36 @@ def scale_by_fisher(
     - ``all_params``: the whole parameter tree, under ``optax.masked`` or ``optax.partition``: the
       model is evaluated on it, and the curvature is the exact block of the unmasked leaves.
 
+    - ``value_fn``, and ``value``: the loss as ``value_fn(params, batch)``, and its value at
+      ``params``; adaptive damping tries the step on it, or else on the head's nll at ``targets``,
+      or without both on the KL divergence that it makes.
+
     Other keywords are ignored. Where the gradient or the solution is not finite, or no descent was
-    found, the update is zero, the warm start is kept and ``accepted`` in the state is False.
+    found, the update is zero, the warm start is kept and ``accepted`` in the state is False. Under
+    adaptive damping so is a step that raises the loss on its batch; momentum starts anew then.
 
     Args:
       model_fn: pure function ``model_fn(params, batch) -> z``.
       head: output distribution, such as ``fvp.Softmax()``.
-      damping: multiple of the identity added to the curvature: a number or an optax schedule.
+      damping: multiple of the identity added to the curvature, a number or an optax schedule; or
+        :class:`fvp.LevenbergMarquardt`, the default, which adapts it and rejects bad steps.
       curvature: "fisher", "ggn" or "empirical".
       maxiter: most CG iterations.
       tol: CG stops at this relative residual.
-      warm_start: start CG at the last solution; costs one product.
+      warm_start: start CG at 0.95 times the last solution; costs one product.
+      momentum: in [0, 1), SPRING's: damping pulls towards momentum times the last direction instead
+        of zero, and CG starts there, which costs one product. "quadratic": the step is the best
+        combination of the direction and the last one in the quadratic model, which costs two
+        products. None is 0.9 with adaptive damping and no momentum with a given one.
+      max_kl: bound on the mean KL divergence of the step that is returned, in nats. The step is
+        scaled to 1/2 s^T F s <= max_kl, then corrected until the head's exact divergence is at most
+        5% above the bound; each correction costs a forward pass.
+      constant_kl: scale every step to exactly ``max_kl``.
+      l2: adds l2/2 |params|^2 to the loss: to the gradient (pass that of the loss alone), the
+        curvature and the trial of the step.
+      line_search: the best of 1, 1/2, ..., 2^-10 times the step: "loss" by the loss itself, at a
+        forward pass each, "outputs" by the loss of the linearised outputs z - a J d, at one JVP for
+        all. A step that raises the loss is then rejected, whatever the damping.
       chunk_size: examples linearised at a time, see :func:`fvp.fisher`.
       batch_axes: the example axes of ``batch``, see :func:`fvp.fisher`.
       axis_name: mesh axes that the batch is split over inside ``shard_map``, see
@@ -111,6 +123,11 @@ def scale_by_fisher(
         maxiter=maxiter,
         tol=tol,
         warm_start=warm_start,
+        momentum=momentum,
+        max_kl=max_kl,
+        constant_kl=constant_kl,
+        l2=l2,
+        line_search=line_search,
         chunk_size=chunk_size,
         batch_axes=batch_axes,
         axis_name=axis_name,
@@ -122,11 +139,16 @@ def natural_gradient(
     model_fn: ModelFn,
     head: Head,
     *,
-    damping: ScalarOrSchedule = 0.1,
+    damping: Damping = _DEFAULT_DAMPING,
     curvature: str = "fisher",
-    maxiter: Any = 20,
-    tol: ArrayLike = 1e-3,
+    maxiter: Any = 10,
+    tol: ArrayLike = 0.03,
     warm_start: bool = False,
+    momentum: ArrayLike | str | None = None,
+    max_kl: ArrayLike | None = None,
+    constant_kl: bool = False,
+    l2: ArrayLike | None = None,
+    line_search: str | None = None,
     chunk_size: int | None = None,
     batch_axes: Any = 0,
     axis_name: AxisName = None,
@@ -142,6 +164,11 @@ def natural_gradient(
       maxiter: see there.
       tol: see there.
       warm_start: see there.
+      momentum: see there.
+      max_kl: see there.
+      constant_kl: see there.
+      l2: see there.
+      line_search: see there.
       chunk_size: see there.
       batch_axes: see there.
       axis_name: see there.
@@ -158,6 +185,11 @@ def natural_gradient(
         maxiter=maxiter,
         tol=tol,
         warm_start=warm_start,
+        momentum=momentum,
+        max_kl=max_kl,
+        constant_kl=constant_kl,
+        l2=l2,
+        line_search=line_search,
         chunk_size=chunk_size,
         batch_axes=batch_axes,
         axis_name=axis_name,
@@ -169,147 +201,44 @@ def _transform(
     model_fn: ModelFn,
     head: Head,
     *,
-    damping: ScalarOrSchedule,
+    damping: Damping,
     curvature: str,
-    maxiter: Any,
-    tol: ArrayLike,
-    warm_start: bool,
-    chunk_size: int | None,
-    batch_axes: Any,
-    axis_name: AxisName,
+    momentum: ArrayLike | str | None,
+    max_kl: ArrayLike | None,
+    constant_kl: bool,
+    **options: Any,
 ) -> optax.GradientTransformationExtraArgs:
     """Both transformations: the step is the direction itself, or -learning_rate times it."""
-    if curvature not in _CURVATURES:
-        raise ValueError(f"curvature: expected one of {sorted(_CURVATURES)}, got {curvature!r}.")
+    if curvature not in CURVATURES:
+        raise ValueError(f"curvature: expected one of {sorted(CURVATURES)}, got {curvature!r}.")
     if isinstance(damping, (int, float)) and not damping >= 0:
         raise ValueError(f"damping: expected 0 or more, got {damping}.")
-    model_on_subset = _OnSubset(model_fn)
-
-    def init(params: Any) -> NaturalGradientState:
-        # One array for each field: a buffer that stands in two places cannot be donated.
-        return NaturalGradientState(
-            count=jnp.zeros((), jnp.int32),
-            direction=optax.tree.zeros_like(params) if warm_start else None,
-            damping=jnp.zeros((), jnp.float32),
-            iterations=jnp.zeros((), jnp.int32),
-            residual_norm=jnp.zeros((), jnp.float32),
-            predicted_kl=jnp.zeros((), jnp.float32),
-            accepted=jnp.zeros((), jnp.bool_),
-        )
-
-    def build(params: Any, batch: Any, targets: Any, weights: Any, all_params: Any) -> Any:
-        model, axes = model_fn, batch_axes
-        if _has_masked_nodes(params):
-            model, axes, batch = model_on_subset, (axes, None), (batch, all_params)
-        labels = () if curvature == "fisher" else (targets,)
-        return _CURVATURES[curvature](
-            model,
-            head,
-            params,
-            batch,
-            *labels,
-            weights=weights,
-            chunk_size=chunk_size,
-            batch_axes=axes,
-            axis_name=axis_name,
-        )
-
-    @compiled_when_eager
-    def step(gradient: Any, state: NaturalGradientState, params: Any, operator: Any, data: Any):
-        if operator is None:
-            operator = build(params, *data)
-        strength = _at(damping, state.count)
-        solution, info = cg(
-            operator, gradient, damping=strength, x0=state.direction, tol=tol, maxiter=maxiter
-        )
-        # A solve that broke down late still holds a good iterate; one that did not descend, or
-        # met something that is not finite, leaves parameters and warm start alone.
-        accepted = jnp.isfinite(info.residual_norm) & (info.model_value < 0)
-        for leaf in jax.tree.leaves(solution):
-            accepted &= jnp.all(jnp.isfinite(leaf))
-        factor = 1.0 if learning_rate is None else -jnp.asarray(_at(learning_rate, state.count))
-        update = jax.tree.map(
-            lambda x: jnp.where(accepted, factor * x, 0).astype(x.dtype), solution
-        )
-        direction = state.direction
-        if direction is not None:
-            direction = tree_where(accepted, cast_like(solution, direction), direction)
-        kl = jnp.maximum(0.5 * jnp.square(factor) * info.curvature, 0)  # never below by rounding
-        state = NaturalGradientState(
-            count=optax.safe_increment(state.count),
-            direction=direction,
-            damping=jnp.asarray(strength, jnp.float32),
-            iterations=info.iterations,
-            residual_norm=info.residual_norm.astype(jnp.float32),
-            predicted_kl=jnp.where(accepted, kl, 0).astype(jnp.float32),
-            accepted=accepted,
-        )
-        return update, state
-
-    def update(
-        updates: Any,
-        state: NaturalGradientState,
-        params: Any = None,
-        *,
-        batch: Any = None,
-        targets: Any = None,
-        weights: Any = None,
-        operator: CurvatureOperator | None = None,
-        all_params: Any = None,
-        **extra_args: Any,
-    ) -> tuple[Any, NaturalGradientState]:
-        del extra_args
-        if params is None:
-            raise ValueError("params: expected the parameters, got None; tx.update(g, s, params).")
-        if operator is None:
-            _check_data(params, batch, targets, all_params, curvature)
-        gradient = check_like(updates, params, "updates", "params", cast=False)
-        return step(gradient, state, params, operator, (batch, targets, weights, all_params))
-
-    return optax.GradientTransformationExtraArgs(init, update)  # pyright: ignore[reportArgumentType]
-
-
-def _at(value: ScalarOrSchedule, count: Any) -> ArrayLike:
-    return value(count) if callable(value) else value
-
-
-class _OnSubset:
-    """``model_fn`` as a function of the unmasked leaves alone; hashes like the model function."""
-
-    def __init__(self, model_fn: ModelFn) -> None:
-        self._model_fn = model_fn
-
-    def __call__(self, params: Any, batch: Any) -> Any:
-        batch, all_params = batch
-        whole = jax.tree.map(
-            lambda leaf, full: full if isinstance(leaf, optax.MaskedNode) else leaf,
-            params,
-            all_params,
-            is_leaf=_is_masked_node,
-        )
-        return self._model_fn(whole, batch)
-
-
-def _is_masked_node(x: Any) -> bool:
-    return isinstance(x, optax.MaskedNode)
-
-
-def _has_masked_nodes(params: Any) -> bool:
-    return any(_is_masked_node(x) for x in jax.tree.leaves(params, is_leaf=_is_masked_node))
-
-
-def _check_data(params: Any, batch: Any, targets: Any, all_params: Any, curvature: str) -> None:
-    if batch is None:
+    if isinstance(momentum, str) and momentum != "quadratic":
+        raise ValueError(f'momentum: expected a number or "quadratic", got {momentum!r}.')
+    if isinstance(momentum, (int, float)) and not 0 <= momentum < 1:
+        raise ValueError(f"momentum: expected a number in [0, 1), got {momentum}.")
+    if options["line_search"] not in (None, "loss", "outputs"):
         raise ValueError(
-            "batch: expected what model_fn reads, got None; call tx.update(grads, state, params,"
-            " batch=batch). Some optax wrappers do not forward extra arguments: in a chain, wrap"
-            " MultiSteps as optax.GradientTransformationExtraArgs(ms.init, ms.update)."
+            f'line_search: expected "loss" or "outputs", got {options["line_search"]!r}.'
         )
-    if targets is None and curvature != "fisher":
-        raise ValueError(f"targets: curvature={curvature!r} expects targets=, got None.")
-    if all_params is None and _has_masked_nodes(params):
-        raise ValueError(
-            "all_params: optax.masked and optax.partition hide part of the parameters that model_fn"
-            " needs; pass the whole tree as tx.update(grads, state, params, batch=batch,"
-            " all_params=params)."
+    if max_kl is None and constant_kl:
+        raise ValueError("max_kl: constant_kl=True expects the length of the step, got None.")
+    if isinstance(max_kl, (int, float)) and not max_kl > 0:
+        raise ValueError(f"max_kl: expected a positive number of nats, got {max_kl}.")
+    adaptive = isinstance(damping, LevenbergMarquardt)
+    if momentum is None and adaptive:
+        momentum = _MOMENTUM
+    return build_transform(
+        Options(
+            model_fn=model_fn,
+            head=head,
+            learning_rate=learning_rate,
+            rule=damping if isinstance(damping, LevenbergMarquardt) else FixedDamping(damping),
+            curvature=curvature,
+            momentum=momentum,
+            max_kl=max_kl,
+            constant_kl=constant_kl,
+            on_subset=OnSubset(model_fn),
+            **options,
         )
+    )

@@ -1,0 +1,10 @@
+"""Step control: how far along the direction, and how much damping next time.
+
+The direction comes in as one small record of numbers (:class:`fvp.control.record.Step`), so that
+nothing here knows how it was found.
+"""
+
+from fvp.control.levenberg_marquardt import LevenbergMarquardt
+from fvp.control.record import Outcome, Step
+
+__all__ = ["LevenbergMarquardt", "Outcome", "Step"]

@@ -1,0 +1,160 @@
+"""Levenberg-Marquardt damping that needs no tuning, from full batch down to small batches."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax import Array
+from jax.core import Tracer
+
+from fvp.control.record import Outcome, Step
+from fvp.numerics import tree_norm, tree_vdot
+
+# Errors of the quadratic model over 1/2 s^T (A + damping) s. The classical thresholds on the
+# reduction ratio (1/4, 3/4) let small batches be fitted to the last digit and raise the loss
+# on all others; these ask the model to be right to some per cent.
+_TRUSTED, _DISTRUSTED = 0.05, 0.1
+# The next gradient agrees with a step when, averaged over steps, it keeps this part of its slope.
+_AGREEMENT, _MEMORY = 0.25, 0.9
+_SLOW = 0.99  # decrease where the noise of the batches limits the step
+# The metric (s / mean s + floor)^0.75, with the exponent of Martens (2010).
+_EXPONENT, _FLOOR = 0.75, 1e-3
+
+
+class LevenbergMarquardtState(NamedTuple):
+    """State of :class:`LevenbergMarquardt`; float32."""
+
+    factor: Array  # scalar, damping over the root of the gradient norm; 0 before the first step
+    slope: Array  # scalar, gradient . direction of the last step; 0 after a rejection
+    slopes: Array  # scalar, decaying sum of these
+    next_slopes: Array  # scalar, decaying sum of the next gradients' slopes along the same steps
+    squares: Any  # like the parameters, decaying sum of the squared gradients
+
+
+@dataclasses.dataclass(frozen=True)
+class LevenbergMarquardt:
+    """Damping lambda D with lambda = factor * sqrt(|g|), where the factor follows model errors.
+
+    Proportional to the root of the gradient's norm, the damping falls by itself as training
+    converges, and a hard batch, whose gradient is large, is met with more of it. After each step
+    the error of the quadratic model, (predicted - actual reduction) / (1/2 s^T (curvature +
+    lambda D) s), corrects the factor: above 10% it grows, times ``increase``; below 5% it shrinks,
+    times ``decrease`` where the next batch's gradient still points along the step (full batches, or
+    far from the minimum), by 1% where it does not, because then the noise of the batches and not
+    the model limits the step. A step that raises the loss or gives a value that is not finite is
+    rejected, and the factor grows, times ``increase`` squared. D = (s / mean s + 1e-3)^0.75,
+    divided by its mean, with s a running average of the squared gradients, remembers which
+    parameters earlier batches found steep.
+
+    Free of scale: the first lambda is ``initial`` times the curvature along the gradient,
+    g^T F g / g^T g, so that the units of the loss and of the parameters do not matter.
+
+    The reduction is measured with ``value_fn(params, batch)`` where ``update`` gets it, otherwise
+    with the head's nll at ``targets``. Without either, the step's KL divergence is bounded by 0.1,
+    and held against its prediction 1/2 s^T F s, which can't see the loss rise. With ``operator=``
+    and no ``batch=`` nothing can be tried: the factor then stays four times the first one, and it
+    is the predicted KL that is bounded.
+
+    Args:
+      initial: first lambda over the curvature along the gradient.
+      increase: what the factor is multiplied by after a bad prediction.
+      decrease: what it is multiplied by after a good one, while gradients agree.
+
+    Raises:
+      ValueError: for values that can't be: initial <= 0, increase <= 1, decrease outside (0, 1).
+
+    Example:
+      >>> import fvp
+      >>> rule = fvp.LevenbergMarquardt(initial=1.0)
+      >>> tx = fvp.scale_by_fisher(lambda w, x: x @ w, fvp.Gaussian(), damping=rule)
+
+    Reference:
+      D. Marquardt, 1963; J. Martens, Deep learning via Hessian-free optimization, 2010, sections
+      4.1 and 4.7; damping by the root of the gradient norm: K. Mishchenko, Regularized Newton
+      method with global O(1/k^2) convergence, 2023.
+    """
+
+    initial: Any = 0.2
+    increase: Any = 2.0
+    decrease: Any = 1 / 3
+
+    def __post_init__(self) -> None:
+        for name, valid, expected in (
+            ("initial", lambda x: x > 0, "a positive number"),
+            ("increase", lambda x: x > 1, "more than 1"),
+            ("decrease", lambda x: 0 < x < 1, "a number between 0 and 1"),
+        ):
+            value = getattr(self, name)
+            if not isinstance(value, Tracer) and not valid(value):
+                raise ValueError(f"{name}: expected {expected}, got {value}.")
+
+    def init(self, params: Any) -> LevenbergMarquardtState:
+        """The state before the first step; one buffer for each field, so that it can be donated."""
+        scalars = [jnp.zeros((), jnp.float32) for _ in range(4)]
+        return LevenbergMarquardtState(
+            *scalars, squares=jax.tree.map(lambda p: jnp.zeros_like(p, jnp.float32), params)
+        )
+
+    def observe(
+        self, state: LevenbergMarquardtState, gradient: Any, last: Any, rayleigh: Callable
+    ) -> tuple[LevenbergMarquardtState, Array]:
+        """Takes in a new gradient, and its slope along the ``last`` direction.
+
+        ``rayleigh()`` is the curvature along the gradient; it is asked for once, at the first step.
+        Returns the new state, and lambda.
+        """
+        root = jnp.sqrt(tree_norm(gradient)).astype(jnp.float32)
+
+        def first() -> Array:
+            curvature = rayleigh().astype(jnp.float32)
+            start = jnp.where(curvature > 0, self.initial * curvature, root * root) / root
+            return jnp.where(jnp.isfinite(start), start, 0).astype(jnp.float32)
+
+        next_slope = jnp.where(state.slope == 0, 0, tree_vdot(gradient, last))
+        state = LevenbergMarquardtState(
+            factor=jax.lax.cond(state.factor > 0, lambda: state.factor, first),
+            slope=state.slope,
+            slopes=_MEMORY * state.slopes + state.slope,
+            next_slopes=_MEMORY * state.next_slopes + next_slope.astype(jnp.float32),
+            squares=jax.tree.map(
+                lambda s, g: _MEMORY * s + (1 - _MEMORY) * jnp.square(g.astype(s.dtype)),
+                state.squares,
+                gradient,
+            ),
+        )
+        return state, state.factor * root
+
+    def metric(self, state: LevenbergMarquardtState) -> Any:
+        """The diagonal D, of mean 1; like the parameters, float32."""
+        relative = _over_mean(state.squares)
+        return _over_mean(jax.tree.map(lambda s: (s + _FLOOR) ** _EXPONENT, relative))
+
+    def correct(
+        self, state: LevenbergMarquardtState, step: Step, outcome: Outcome, accepted: Array
+    ) -> LevenbergMarquardtState:
+        """The factor after a step was tried, and the slope that the next gradient is held to."""
+        known = outcome.rounding < step.scale
+        error = (outcome.error - jnp.sign(outcome.error) * outcome.rounding) / step.scale
+        agree = (state.slopes > 0) & (state.next_slopes > _AGREEMENT * state.slopes)
+        good = known & (error < _TRUSTED)
+        bad = outcome.worse | (known & ~(error <= _DISTRUSTED))
+        shrink = jnp.where(agree, self.decrease, _SLOW)
+        change = jnp.where(bad, self.increase, jnp.where(good, shrink, 1))
+        change = jnp.where(outcome.worse, self.increase**2, change)
+        return state._replace(
+            factor=jnp.clip(state.factor * change, 1e-30, 1e30).astype(jnp.float32),
+            slope=jnp.where(accepted, step.slope, 0).astype(jnp.float32),
+        )
+
+
+def _over_mean(tree: Any) -> Any:
+    """Every entry over the mean of all of them; ones where that is zero."""
+    leaves = jax.tree.leaves(tree)
+    total = sum((jnp.sum(leaf) for leaf in leaves), jnp.zeros((), jnp.float32))
+    mean = total / max(1, sum(leaf.size for leaf in leaves))
+    usable = (mean > 0) & jnp.isfinite(mean)
+    return jax.tree.map(lambda s: jnp.where(usable, s / jnp.where(usable, mean, 1), 1), tree)

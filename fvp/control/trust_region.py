@@ -1,0 +1,60 @@
+"""Trust region in KL divergence: how long a step may be."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax import Array
+
+
+def length_within_kl(
+    predicted: Array, max_kl: Any, exact: Callable[[Array], Array] | None, *, constant: bool
+) -> Array:
+    """The multiple a of a step whose divergence is at most ``max_kl``, or exactly that.
+
+    With the prediction a^2 * predicted, predicted = 1/2 s^T F s, it is sqrt(max_kl / predicted).
+    Where the exact divergence can be evaluated, a is corrected by the square root of their quotient
+    until the two agree to 5%, and halved while the divergence is more than that above the bound.
+
+    Args:
+      predicted: scalar, 1/2 s^T F s.
+      max_kl: bound in nats for each example (mean), a positive number.
+      exact: ``exact(a)``, the mean divergence of the step a s; one forward pass a call.
+      constant: lengthen short steps as well.
+
+    Returns:
+      a; at most 1 unless ``constant``.
+
+    Reference:
+      S. Kakade, A natural policy gradient, 2001; J. Schulman et al., Trust region policy
+      optimization, 2015, appendix C.
+    """
+    longest = jnp.inf if constant else 1.0
+    tiny = jnp.finfo(predicted.dtype).tiny
+    bound = jnp.asarray(max_kl, predicted.dtype)
+    length = jnp.minimum(jnp.sqrt(bound / jnp.maximum(predicted, tiny)), longest)
+    length = jnp.where(predicted > 0, length, 1)
+    if exact is None:
+        return length
+
+    def unfinished(carry: tuple[Array, Array, Array]) -> Array:
+        length, kl, trials = carry
+        long, short = ~(kl <= 1.03 * bound), kl < 0.9 * bound
+        return (trials < 12) & (length > 0) & (long | (short & (length < longest)))
+
+    def shorten(carry: tuple[Array, Array, Array]) -> tuple[Array, Array, Array]:
+        length, kl, trials = carry
+        change = jnp.sqrt(0.99 * bound / jnp.maximum(kl, tiny))
+        # Far from the bound the quadratic law fails: go by halves there, or where kl is not finite.
+        change = jnp.where(jnp.isfinite(change), jnp.clip(change, 0.5, 2), 0.5)
+        length = jnp.minimum(change * length, longest)
+        return length, exact(length), trials + 1
+
+    length, kl, _ = jax.lax.while_loop(
+        unfinished, shorten, (length, exact(length), jnp.zeros((), jnp.int32))
+    )
+    # A bound is a bound: where the correction has not settled, no step is taken.
+    return jnp.where(kl <= 1.05 * bound, length, 0)

@@ -1,0 +1,11 @@
+"""Approximate inverses of a damped curvature, pytree to pytree: the ``M=`` of :func:`fvp.cg`."""
+
+from fvp.preconditioners.diagonal import DiagonalPreconditioner, diagonal_preconditioner
+from fvp.preconditioners.nystrom import NystromPreconditioner, nystrom_preconditioner
+
+__all__ = [
+    "DiagonalPreconditioner",
+    "NystromPreconditioner",
+    "diagonal_preconditioner",
+    "nystrom_preconditioner",
+]

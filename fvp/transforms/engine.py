@@ -1,0 +1,253 @@
+"""The transformation behind the public ones: solve, control the step, try it, keep what it said."""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+from jax import Array
+
+from fvp.checks import check_like
+from fvp.compilation import compiled_when_eager
+from fvp.control import Step
+from fvp.control.fixed import FixedDamping
+from fvp.control.momentum import quadratic_model_step, spring_rhs
+from fvp.control.record import unknown_outcome
+from fvp.control.trust_region import length_within_kl
+from fvp.curvature import CurvatureOperator
+from fvp.numerics import (
+    cast_like,
+    tree_axpy,
+    tree_is_finite,
+    tree_vdot,
+    tree_where,
+    unit,
+    wide_dtype,
+    widen,
+)
+from fvp.solvers import CGInfo, cg
+from fvp.transforms.options import CURVATURES, Data, Options, check_data
+from fvp.transforms.subset import has_masked_nodes
+from fvp.transforms.trying import divergence, moves, search_length, try_step
+
+WARM_START_DECAY = 0.95
+# Where no loss can try an adaptive step: a bound on its KL; without a batch, also more damping.
+UNTRIED_KL, UNTRIED_DAMPING = 0.1, 4.0
+
+
+class NaturalGradientState(NamedTuple):
+    """State of :func:`fvp.scale_by_fisher` and :func:`fvp.natural_gradient`."""
+
+    count: Any  # int32 scalar, updates done
+    direction: Any  # like the parameters, the last solution: warm start and momentum; or None
+    control: Any  # state of the adaptive damping; or None
+    damping: Array  # float32 scalar, of the last step
+    iterations: Array  # int32 scalar, CG iterations of the last step
+    residual_norm: Array  # float32 scalar, of the last solve
+    predicted_kl: Array  # float32 scalar, 1/2 s^T (curvature) s for the step s; 0 if rejected
+    accepted: Array  # bool scalar; a step that was not is zeros
+
+
+def build_transform(options: Options) -> optax.GradientTransformationExtraArgs:
+    """``init`` and ``update``; compiled when called eagerly."""
+
+    def init(params: Any) -> NaturalGradientState:
+        # One array for each field: a buffer that stands in two places cannot be donated.
+        return NaturalGradientState(
+            count=jnp.zeros((), jnp.int32),
+            direction=optax.tree.zeros_like(params) if options.keeps_direction else None,
+            control=None if isinstance(options.rule, FixedDamping) else options.rule.init(params),
+            damping=jnp.zeros((), jnp.float32),
+            iterations=jnp.zeros((), jnp.int32),
+            residual_norm=jnp.zeros((), jnp.float32),
+            predicted_kl=jnp.zeros((), jnp.float32),
+            accepted=jnp.zeros((), jnp.bool_),
+        )
+
+    @compiled_when_eager
+    def step(gradient: Any, state: NaturalGradientState, params: Any, operator: Any, data: Data):
+        return _step(options, gradient, state, params, operator, data)
+
+    def update(
+        updates: Any,
+        state: NaturalGradientState,
+        params: Any = None,
+        *,
+        batch: Any = None,
+        targets: Any = None,
+        weights: Any = None,
+        operator: CurvatureOperator | None = None,
+        all_params: Any = None,
+        value: Any = None,
+        value_fn: Any = None,
+        **extra_args: Any,
+    ) -> tuple[Any, NaturalGradientState]:
+        del extra_args
+        if params is None:
+            raise ValueError("params: expected the parameters, got None; tx.update(g, s, params).")
+        if operator is None:
+            check_data(params, batch, targets, all_params, options.curvature)
+        gradient = check_like(updates, params, "updates", "params", cast=False)
+        if not options.tries or value_fn is None:
+            value = value_fn = None
+        data = Data(batch, targets, weights, all_params, value, value_fn)
+        return step(gradient, state, params, operator, data)
+
+    return optax.GradientTransformationExtraArgs(init, update)  # pyright: ignore[reportArgumentType]
+
+
+def _step(
+    options: Options,
+    gradient: Any,
+    state: NaturalGradientState,
+    params: Any,
+    operator: Any,
+    data: Data,
+) -> tuple[Any, NaturalGradientState]:
+    """Direction, length, trial, verdict."""
+    if operator is None:
+        operator = _build_operator(options, params, data)
+    previous, l2 = state.direction, options.l2
+    slope_of = gradient if l2 is None else tree_axpy(l2, cast_like(params, gradient), gradient)
+    shift = 0.0 if l2 is None else l2
+    control, metric = None, None
+    if isinstance(options.rule, FixedDamping):
+        strength = jnp.asarray(options.rule.at(state.count))
+    else:
+        unit_gradient = unit(slope_of)
+        rayleigh = lambda: operator.quadratic_form(unit_gradient) + shift
+        control, strength = options.rule.observe(state.control, slope_of, previous, rayleigh)
+        metric = options.rule.metric(control)
+        if data.batch is None:
+            strength = UNTRIED_DAMPING * strength
+
+    # The direction.
+    rhs, start, momentum = slope_of, None, options.momentum
+    if options.spring:
+        rhs = spring_rhs(slope_of, _damp(strength, metric, previous), momentum)
+        start = jax.tree.map(lambda d: (momentum * d).astype(d.dtype), previous)
+    elif options.warm_start:
+        start = jax.tree.map(lambda d: (WARM_START_DECAY * d).astype(d.dtype), previous)
+    solution, info = _solve(options, operator, rhs, strength, shift, metric, start)
+    descent = jnp.isfinite(info.residual_norm) & (info.model_value < 0)
+    curvature, damping_term = info.curvature, tree_vdot(solution, _damp(strength, metric, solution))
+    if metric is not None:
+        curvature = curvature - damping_term
+    if momentum == "quadratic":
+        damp = lambda v: tree_axpy(shift, v, _damp(strength, metric, v))
+        solution, product = quadratic_model_step(operator, damp, slope_of, solution, previous)
+        curvature = tree_vdot(solution, product)
+        damping_term = tree_vdot(solution, _damp(strength, metric, solution))
+    descent &= tree_is_finite(solution)
+
+    # Its length, and what trying it says.
+    length, sign = _learning_rate(options, state.count)
+    predicted_kl = jnp.maximum(0.5 * jnp.square(length) * curvature, 0)  # never below by rounding
+    at = moves(params, solution, gradient, length)
+    limit = options.max_kl
+    if limit is None and options.adaptive and not data.has_loss:
+        limit = UNTRIED_KL
+    if limit is not None:
+        exact = None
+        if data.batch is not None:
+            exact = lambda a: divergence(options, operator, at(a), data)
+        shrink = length_within_kl(predicted_kl, limit, exact, constant=options.constant_kl)
+        length, predicted_kl = shrink * length, jnp.square(shrink) * predicted_kl
+        at = moves(params, solution, gradient, length)
+    if options.line_search is not None:
+        shrink = search_length(options, operator, params, solution, length, at, data)
+        length, predicted_kl = shrink * length, jnp.square(shrink) * predicted_kl
+        at = moves(params, solution, gradient, length)
+    record = Step(
+        slope=tree_vdot(slope_of, solution),
+        curvature=curvature + shift * tree_vdot(solution, solution),
+        damping_term=damping_term,
+        length=jnp.asarray(length),
+    )
+    outcome = unknown_outcome(record)
+    if options.adaptive or options.line_search is not None:
+        outcome = try_step(options, operator, params, at, record, predicted_kl, data)
+    accepted = descent & ~outcome.worse & (length != 0)
+    if not isinstance(options.rule, FixedDamping) and control is not None:
+        # A gradient that is zero or not finite, or a loss that was not finite before the step, says
+        # nothing about damping.
+        corrected = options.rule.correct(control, record, outcome, accepted)
+        informative = descent & (record.scale > 0)
+        control = tree_where(informative, corrected, tree_where(descent, control, state.control))
+    update = jax.tree.map(
+        lambda x: jnp.where(accepted, sign * length * x, 0).astype(x.dtype), solution
+    )
+    direction = previous
+    if direction is not None:
+        # A bad batch leaves momentum and warm start alone; a step that failed its trial ends them.
+        after_failure = tree_where(outcome.worse & descent, _zeros(direction), direction)
+        direction = tree_where(accepted, cast_like(solution, direction), after_failure)
+    return update, NaturalGradientState(
+        count=optax.safe_increment(state.count),
+        direction=direction,
+        control=control,
+        damping=jnp.asarray(strength, jnp.float32),
+        iterations=info.iterations,
+        residual_norm=info.residual_norm.astype(jnp.float32),
+        predicted_kl=jnp.where(accepted, predicted_kl, 0).astype(jnp.float32),
+        accepted=accepted,
+    )
+
+
+def _solve(
+    options: Options,
+    operator: Any,
+    rhs: Any,
+    strength: Any,
+    shift: Any,
+    metric: Any,
+    start: Any,
+) -> tuple[Any, CGInfo]:
+    """The solution of (curvature + strength D + shift I) d = rhs; D = I without a metric."""
+    limits = {"x0": start, "tol": options.tol, "maxiter": options.maxiter}
+    if metric is None:
+        return cg(operator, rhs, damping=strength + shift, **limits)
+    multiply = lambda v: tree_axpy(1, _damp(strength, metric, v), operator.mv(v))
+    precondition = lambda r: jax.tree.map(lambda x, d: (x / d).astype(x.dtype), r, metric)
+    return cg(multiply, rhs, damping=shift, M=precondition, **limits)
+
+
+def _damp(strength: Any, metric: Any, v: Any) -> Any:
+    """Strength D v in float32 or wider; D = I without a metric."""
+    strength = jnp.asarray(strength)
+    scaled = jax.tree.map(lambda x: strength.astype(wide_dtype(x.dtype)) * widen(x), v)
+    if metric is None:
+        return scaled
+    return jax.tree.map(lambda x, d: x * d.astype(x.dtype), scaled, metric)
+
+
+def _learning_rate(options: Options, count: Any) -> tuple[Any, float]:
+    """How far along the direction, and the sign of the update that is returned."""
+    rate = options.learning_rate
+    if rate is None:
+        return 1.0, 1.0
+    return jnp.asarray(rate(count) if callable(rate) else rate), -1.0
+
+
+def _zeros(tree: Any) -> Any:
+    return jax.tree.map(jnp.zeros_like, tree)
+
+
+def _build_operator(options: Options, params: Any, data: Data) -> Any:
+    model, axes, batch = options.model_fn, options.batch_axes, data.batch
+    if has_masked_nodes(params):
+        model, axes, batch = options.on_subset, (axes, None), (batch, data.all_params)
+    labels = () if options.curvature == "fisher" else (data.targets,)
+    return CURVATURES[options.curvature](
+        model,
+        options.head,
+        params,
+        batch,
+        *labels,
+        weights=data.weights,
+        chunk_size=options.chunk_size,
+        batch_axes=axes,
+        axis_name=options.axis_name,
+    )

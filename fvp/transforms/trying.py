@@ -1,0 +1,108 @@
+"""The loss and the divergence of the parameters that a step leads to."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+from jax import Array
+
+from fvp.control import Outcome, Step
+from fvp.control.line_search import grid_search, output_search
+from fvp.control.record import unknown_outcome
+from fvp.control.trial import divergence_outcome, loss_outcome, mean_kl, mean_nll
+from fvp.curvature.linearization import Linearization
+from fvp.numerics import cast_like, tree_vdot
+from fvp.transforms.options import Data, Options
+from fvp.transforms.subset import fill_masked, has_masked_nodes
+
+
+def moves(params: Any, solution: Any, like: Any, length: Any) -> Callable[[Any], Any]:
+    """``a -> params`` after a times the step, rounded as optax will round it."""
+
+    def at(a: Any) -> Any:
+        step = jax.tree.map(lambda x, g: (-a * length * x).astype(g.dtype), solution, like)
+        return optax.apply_updates(params, step)
+
+    return at
+
+
+def divergence(options: Options, operator: Any, new_params: Any, data: Data) -> Array:
+    """Exact mean KL from the model at ``operator`` to the one at ``new_params``."""
+    z_new = _outputs(options, new_params, data)
+    return mean_kl(options.head, operator.output, z_new, data.weights, options.axis_name)
+
+
+def try_step(
+    options: Options,
+    operator: Any,
+    params: Any,
+    at: Callable[[Any], Any],
+    record: Step,
+    predicted_kl: Array,
+    data: Data,
+) -> Outcome:
+    """Tries the step on the loss where there is one, else on the divergence that it makes."""
+    if data.has_loss:
+        loss = _loss(options, data)
+        before = data.loss_before
+        if data.value_fn is None:
+            before = _nll(options, data)(operator.output)
+        elif before is None:
+            before = data.value_fn(_whole(params, data), data.batch)
+        before = jnp.asarray(before) + _penalty(options, params)
+        return loss_outcome(record, before, lambda _: loss(at(1)))
+    if data.batch is None:
+        return unknown_outcome(record)
+    return divergence_outcome(record, predicted_kl, divergence(options, operator, at(1), data))
+
+
+def search_length(
+    options: Options,
+    operator: Any,
+    params: Any,
+    solution: Any,
+    length: Any,
+    at: Callable[[Any], Any],
+    data: Data,
+) -> Array:
+    """The multiple of the step that the line search prefers."""
+    if options.line_search == "loss":
+        if not data.has_loss:
+            raise ValueError('line_search: "loss" expects batch=, and targets= or value_fn=.')
+        loss = _loss(options, data)
+        return grid_search(lambda a: loss(at(a)))[0]
+    if data.batch is None or data.targets is None:
+        raise ValueError('line_search: "outputs" expects batch= and targets=.')
+    linearization = Linearization.of(lambda p: _outputs(options, p, data), params)
+    change = length * linearization.jvp(cast_like(solution, params))
+    change = change.astype(operator.output.dtype)
+    return output_search(_nll(options, data), operator.output, change)[0]
+
+
+def _loss(options: Options, data: Data) -> Callable[[Any], Array]:
+    """The loss of parameters, with the l2 term."""
+    if data.value_fn is not None:
+        value = lambda p: jnp.asarray(data.value_fn(_whole(p, data), data.batch))
+    else:
+        value = lambda p: _nll(options, data)(_outputs(options, p, data))
+    return lambda p: value(p) + _penalty(options, p)
+
+
+def _nll(options: Options, data: Data) -> Callable[[Array], Array]:
+    return lambda z: mean_nll(options.head, z, data.targets, data.weights, options.axis_name)
+
+
+def _penalty(options: Options, params: Any) -> Any:
+    return 0 if options.l2 is None else 0.5 * options.l2 * tree_vdot(params, params)
+
+
+def _outputs(options: Options, params: Any, data: Data) -> Array:
+    return options.model_fn(_whole(params, data), data.batch)
+
+
+def _whole(params: Any, data: Data) -> Any:
+    return fill_masked(params, data.all_params) if has_masked_nodes(params) else params

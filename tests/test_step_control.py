@@ -1,0 +1,323 @@
+"""Step control: adaptive damping, rejection, KL bounds, momentum, l2, against dense algebra."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from dense import CASES, mlp, parameters, reference
+from jax.flatten_util import ravel_pytree
+
+import fvp
+
+SOLVED = {"tol": 1e-13, "maxiter": 200}
+GENTLE = fvp.LevenbergMarquardt(initial=5.0)  # no first step of these tiny problems is rejected
+HEADS = {"softmax": "softmax", "sigmoid": "sigmoid", "gaussian": "gaussian"}
+
+
+def flatten(tree):
+    return np.asarray(ravel_pytree(tree)[0])
+
+
+class Problem:
+    def __init__(self, name, rows=7):
+        rng = np.random.default_rng(3)
+        self.case = CASES[name]
+        self.model_fn, self.head = mlp(self.case.event_shape), self.case.head
+        self.params = parameters(rng, self.case.size)
+        self.batch = jnp.asarray(rng.normal(size=(rows, 2)))
+        self.targets = self.case.targets(rng, (rows,))
+        self.flat, self.unravel = ravel_pytree(self.params)
+
+    @functools.cached_property
+    def dense(self):
+        weights = jnp.ones(len(self.batch))
+        arguments = self.case, self.model_fn, self.params, self.batch, self.targets, weights
+        values = reference(*arguments)
+        return np.asarray(values["fisher"]), np.asarray(values["gradient"])
+
+    def loss(self, params, batch=None):
+        batch = self.batch if batch is None else batch
+        return jnp.mean(self.head.nll(self.model_fn(params, batch), self.targets))
+
+    def step(self, tx, state=None, grads=None, **extra_args):
+        state = tx.init(self.params) if state is None else state
+        grads = self.unravel(self.dense[1]) if grads is None else grads
+        data = {"batch": self.batch, "targets": self.targets, **extra_args}
+        return jax.jit(lambda g, s: tx.update(g, s, self.params, **data))(grads, state)
+
+
+@functools.cache
+def problem(name="softmax"):
+    return Problem(name)
+
+
+def adaptive(p, **options):
+    return fvp.scale_by_fisher(p.model_fn, p.head, **options)
+
+
+def metric(gradients):
+    squares = 0
+    for g in gradients:
+        squares = 0.9 * squares + 0.1 * g**2
+    d = (squares / squares.mean() + 1e-3) ** 0.75
+    return np.diag(d / d.mean())
+
+
+# The direction -----------------------------------------------------------------------------------
+
+
+def test_first_damping_is_a_fraction_of_the_curvature_along_the_gradient():
+    p = problem()
+    F, g = p.dense
+    updates, state = p.step(adaptive(p, damping=GENTLE, **SOLVED))
+    strength = 5 * (g @ F @ g) / (g @ g)
+    np.testing.assert_allclose(state.damping, strength, rtol=1e-5)
+    expected = np.linalg.solve(F + float(state.damping) * metric([g]), g)
+    np.testing.assert_allclose(flatten(updates), expected, rtol=1e-5, atol=1e-9)
+
+
+@pytest.mark.parametrize("scale", [1e-3, 1e4])
+def test_scale_of_parameters_does_not_matter(scale):
+    """The same model in other units, params = scale * new_params: the same step."""
+    p = problem()
+    inner = lambda tree: jax.tree.map(lambda leaf: scale * leaf, tree)
+    tx = fvp.scale_by_fisher(
+        lambda params, x: p.model_fn(inner(params), x), p.head, damping=GENTLE, **SOLVED
+    )
+    params, grads = jax.tree.map(lambda leaf: leaf / scale, p.params), inner(p.unravel(p.dense[1]))
+    data = {"batch": p.batch, "targets": p.targets}
+    updates, state = jax.jit(lambda g: tx.update(g, tx.init(params), params, **data))(grads)
+    expected, other = p.step(adaptive(p, damping=GENTLE, **SOLVED))
+    np.testing.assert_allclose(scale * flatten(updates), flatten(expected), rtol=1e-4, atol=1e-9)
+    np.testing.assert_allclose(state.damping, scale**2 * other.damping, rtol=1e-4)
+
+
+def test_spring_pulls_towards_the_decayed_old_direction():
+    p = problem()
+    F, g = p.dense
+    tx = adaptive(p, damping=0.1, momentum=0.8, **SOLVED)
+    first, state = p.step(tx)
+    A = F + 0.1 * np.eye(len(g))
+    old = np.linalg.solve(A, g)
+    np.testing.assert_allclose(flatten(first), old, rtol=1e-8)
+    second, _ = p.step(tx, state)
+    np.testing.assert_allclose(flatten(second), np.linalg.solve(A, g + 0.08 * old), rtol=1e-8)
+
+
+def test_quadratic_momentum_is_the_best_of_the_plane():
+    p = problem()
+    F, g = p.dense
+    tx = adaptive(p, damping=0.1, momentum="quadratic", maxiter=2, tol=0.0)
+    first, state = p.step(tx)
+    plain, _ = p.step(adaptive(p, damping=0.1, maxiter=2, tol=0.0))
+    np.testing.assert_allclose(flatten(first), flatten(plain), rtol=1e-8)  # no old step: m = 0
+    second, state = p.step(tx, state, p.unravel(g[::-1]))
+    fresh, _ = p.step(adaptive(p, damping=0.1, maxiter=2, tol=0.0), None, p.unravel(g[::-1]))
+    basis = np.stack([flatten(fresh), flatten(first)], 1)
+    A = basis.T @ (F + 0.1 * np.eye(len(g))) @ basis
+    expected = basis @ np.linalg.solve(A, basis.T @ g[::-1])
+    np.testing.assert_allclose(flatten(second), expected, rtol=1e-6, atol=1e-10)
+    kl = 0.5 * expected @ F @ expected
+    np.testing.assert_allclose(state.predicted_kl, kl, rtol=1e-5)
+
+
+def test_l2_enters_gradient_curvature_and_trial():
+    p = problem()
+    F, g = p.dense
+    theta = np.asarray(p.flat)
+    updates, _ = p.step(adaptive(p, damping=0.1, l2=0.3, **SOLVED))
+    expected = np.linalg.solve(F + 0.4 * np.eye(len(g)), g + 0.3 * theta)
+    np.testing.assert_allclose(flatten(updates), expected, rtol=1e-8)
+    # Along the step the loss with its penalty falls, although the loss alone may rise.
+    heavy = adaptive(p, damping=GENTLE, l2=100.0, **SOLVED)
+    updates, state = p.step(heavy)
+    assert bool(state.accepted)
+    assert np.linalg.norm(theta - flatten(updates)) < np.linalg.norm(theta)
+
+
+# The trial ---------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("trial", ["targets", "value_fn"])
+def test_step_that_raises_the_loss_is_rejected(trial):
+    p = problem()
+    tx = fvp.natural_gradient(1e3, p.model_fn, p.head)
+    # Counted with value_fn even where the targets would say otherwise.
+    extra = {"targets": None, "value_fn": p.loss} if trial == "value_fn" else {}
+    before = tx.init(p.params)
+    updates, state = p.step(tx, before, **extra)
+    assert not np.any(flatten(updates))
+    assert not bool(state.accepted)
+    assert float(state.predicted_kl) == 0
+    assert not np.any(flatten(state.direction))
+    damping = float(state.damping)
+    for _ in range(3):
+        updates, state = p.step(tx, state, **extra)
+        if bool(state.accepted):
+            break
+        assert float(state.damping) == pytest.approx(4 * damping, rel=1e-5)
+        damping = float(state.damping)
+
+
+def test_learning_rate_is_part_of_the_trial():
+    p = problem()
+    _, good = p.step(fvp.natural_gradient(1.0, p.model_fn, p.head, damping=GENTLE))
+    _, bad = p.step(fvp.natural_gradient(1e4, p.model_fn, p.head, damping=GENTLE))
+    assert bool(good.accepted)
+    assert not bool(bad.accepted)
+
+
+@pytest.mark.parametrize("form", ["labels", "no labels", "operator"])
+def test_defaults_descend_whatever_update_is_given(form):
+    p = problem()
+    tx = adaptive(p)
+
+    @jax.jit
+    def step(params, state):
+        F = fvp.fisher(p.model_fn, p.head, params, p.batch)
+        value, grads = F.value_and_grad(p.targets)
+        data = {
+            "labels": {"batch": p.batch, "targets": p.targets},
+            "no labels": {"batch": p.batch},
+            "operator": {"operator": F},
+        }[form]
+        updates, state = tx.update(grads, state, params, **data)
+        return jax.tree.map(jnp.subtract, params, updates), state, value
+
+    params, state, values = p.params, tx.init(p.params), []
+    for _ in range(30):
+        params, state, value = step(params, state)
+        values.append(float(value))
+    assert values[-1] < 0.5 * values[0]
+    assert max(values) <= (1 if form == "labels" else 3) * values[0]
+
+
+@pytest.mark.parametrize("fault", ["nan input", "inf input", "overflow", "zero gradient", "masked"])
+def test_bad_batch_inside_scan_leaves_everything_alone(fault):
+    p = problem()
+    tx = adaptive(p, damping=GENTLE)
+
+    def loss(params, x, w):
+        nll = p.head.nll(p.model_fn(params, x), p.targets)
+        return jnp.sum(jnp.where(w == 0, 0, w * nll)) / jnp.maximum(jnp.sum(w), 1e-30)
+
+    def step(carry, inputs):
+        params, state = carry
+        x, w, zero = inputs
+        grads = jax.tree.map(lambda g: jnp.where(zero, 0, g), jax.grad(loss)(params, x, w))
+        before = params
+        updates, state = tx.update(grads, state, params, batch=x, targets=p.targets, weights=w)
+        params = jax.tree.map(jnp.subtract, params, updates)
+        moved = ravel_pytree(params)[0] != ravel_pytree(before)[0]
+        return (params, state), (jnp.any(moved), state.accepted, loss(params, p.batch, jnp.ones(7)))
+
+    batches = jnp.stack([p.batch] * 6)
+    weights, zero = jnp.ones((6, 7)), jnp.zeros(6, bool)
+    if "input" in fault:
+        batches = batches.at[2, 1].set(jnp.nan if "nan" in fault else jnp.inf)
+    elif fault == "overflow":
+        batches = batches.at[2].multiply(1e300)
+    elif fault == "masked":
+        weights = weights.at[2].set(0)
+    else:
+        zero = zero.at[2].set(True)
+    run = jax.jit(
+        lambda: jax.lax.scan(step, (p.params, tx.init(p.params)), (batches, weights, zero))
+    )
+    (params, state), (moved, accepted, losses) = run()
+    if fault != "overflow":
+        assert moved.tolist() == accepted.tolist() == [True, True, False, True, True, True]
+    assert bool(moved[3:].all())
+    assert losses[-1] < losses[1]
+    assert np.all(np.isfinite(flatten(params)))
+    assert all(np.all(np.isfinite(leaf)) for leaf in jax.tree.leaves(state))
+
+
+def test_loss_that_overflows_rejects_the_step_and_raises_damping():
+    p = problem()
+    value_fn = lambda params, x: jnp.where(
+        params["out"]["b"][0] == p.params["out"]["b"][0], 1.0, jnp.inf
+    )
+    updates, state = p.step(adaptive(p), value_fn=value_fn)
+    assert not np.any(flatten(updates))
+    assert not bool(state.accepted)
+    _, after = p.step(adaptive(p), state, value_fn=value_fn)
+    assert float(after.damping) == pytest.approx(4 * float(state.damping), rel=1e-5)
+
+
+# Bounds in KL ------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("max_kl", [1e-5, 1e-4, 1e-3, 1e-2])
+@pytest.mark.parametrize("name", HEADS)
+def test_exact_divergence_meets_the_bound(name, max_kl):
+    p = problem(name)
+    for options in ({"constant_kl": True}, {"damping": 1e-3}):
+        updates, state = p.step(adaptive(p, max_kl=max_kl, **options))
+        moved = jax.tree.map(jnp.subtract, p.params, updates)
+        kl = jnp.mean(p.head.kl(p.model_fn(p.params, p.batch), p.model_fn(moved, p.batch)))
+        assert 0.8 <= float(kl) / max_kl <= 1.05
+        assert bool(state.accepted)
+
+
+def test_step_within_the_bound_is_left_alone():
+    p = problem()
+    free, _ = p.step(adaptive(p, damping=1.0))
+    bound, _ = p.step(adaptive(p, damping=1.0, max_kl=1e3))
+    np.testing.assert_allclose(flatten(bound), flatten(free), rtol=1e-12)
+
+
+# Line searches -----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("search", ["loss", "outputs"])
+def test_line_search_finds_the_best_halving(search):
+    p = problem()
+    tx = fvp.natural_gradient(50.0, p.model_fn, p.head, damping=0.1, line_search=search, **SOLVED)
+    updates, state = p.step(tx)
+    F, g = p.dense
+    d = p.unravel(-50 * np.linalg.solve(F + 0.1 * np.eye(len(g)), g))
+    along = lambda a: jax.tree.map(lambda x, y: x + a * y, p.params, d)
+    if search == "loss":
+        values = [p.loss(along(2.0**-k)) for k in range(11)]
+    else:
+        model = lambda params: p.model_fn(params, p.batch)
+        z, change = jax.jvp(model, (p.params,), (d,))
+        values = [p.head.nll(z + 2.0**-k * change, p.targets).mean() for k in range(11)]
+    assert bool(state.accepted)
+    assert 0 < int(np.argmin(values)) < 10
+    best = 2.0 ** -int(np.argmin(values))
+    np.testing.assert_allclose(flatten(updates), best * flatten(d), rtol=1e-6)
+
+
+# Errors ------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("word", "options"),
+    [
+        ("initial", lambda: {"damping": fvp.LevenbergMarquardt(initial=0.0)}),
+        ("increase", lambda: {"damping": fvp.LevenbergMarquardt(increase=1.0)}),
+        ("decrease", lambda: {"damping": fvp.LevenbergMarquardt(decrease=2.0)}),
+        ("momentum", lambda: {"momentum": 1.5}),
+        ("momentum", lambda: {"momentum": "heavy"}),
+        ("line_search", lambda: {"line_search": "wolfe"}),
+        ("max_kl", lambda: {"max_kl": -1.0}),
+        ("max_kl", lambda: {"constant_kl": True}),
+    ],
+)
+def test_wrong_options_are_named(word, options):
+    with pytest.raises(ValueError, match=word):
+        adaptive(problem(), **options())
+
+
+def test_state_is_found_by_name_and_injects():
+    p = problem()
+    tx = optax.inject_hyperparams(fvp.natural_gradient, static_args=("model_fn", "momentum"))(
+        learning_rate=1.0, model_fn=p.model_fn, head=p.head, damping=GENTLE
+    )
+    _, state = p.step(tx)
+    assert bool(optax.tree.get(state, "accepted"))
