@@ -145,8 +145,10 @@ class LevenbergMarquardt:
         bad = known & wrong
         shrink = jnp.where(agree, self.decrease, _SLOW)
         change = jnp.where(bad, self.increase, jnp.where(good, shrink, 1))
-        # Momentum may climb on a batch just as the model said: no fault of the damping.
-        change = jnp.where(outcome.worse & wrong, self.increase**2, change)
+        # Momentum may climb on a batch just as the model said: no fault of the damping. It starts
+        # anew then, and without it (the last slope is zero) there is no such excuse.
+        blamed = outcome.worse & (wrong | (state.slope == 0))
+        change = jnp.where(blamed, self.increase**2, change)
         return state._replace(
             factor=jnp.clip(state.factor * change, 1e-30, 1e30).astype(jnp.float32),
             slope=jnp.where(accepted, step.slope, 0).astype(jnp.float32),
