@@ -141,10 +141,14 @@ class LevenbergMarquardt:
         error = (outcome.error - jnp.sign(outcome.error) * outcome.rounding) / step.scale
         agree = (state.slopes > 0) & (state.next_slopes > _AGREEMENT * state.slopes)
         good = known & (error < _TRUSTED)
-        bad = outcome.worse | (known & ~(error <= _DISTRUSTED))
+        wrong = ~(error <= _DISTRUSTED)
+        bad = known & wrong
         shrink = jnp.where(agree, self.decrease, _SLOW)
         change = jnp.where(bad, self.increase, jnp.where(good, shrink, 1))
-        change = jnp.where(outcome.worse, self.increase**2, change)
+        # Momentum may climb on a batch just as the model said: no fault of the damping. It starts
+        # anew then, and without it (the last slope is zero) there is no such excuse.
+        blamed = outcome.worse & (wrong | (state.slope == 0))
+        change = jnp.where(blamed, self.increase**2, change)
         return state._replace(
             factor=jnp.clip(state.factor * change, 1e-30, 1e30).astype(jnp.float32),
             slope=jnp.where(accepted, step.slope, 0).astype(jnp.float32),
