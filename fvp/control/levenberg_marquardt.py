@@ -30,8 +30,8 @@ class LevenbergMarquardtState(NamedTuple):
 
     factor: Array  # scalar, damping over the root of the gradient norm; 0 before the first step
     slope: Array  # scalar, gradient . direction of the last step; 0 after a rejection
-    slopes: Array  # scalar, decaying sum of these
-    next_slopes: Array  # scalar, decaying sum of the next gradients' slopes along the same steps
+    agreement: Array  # scalar, decaying sum of next gradient . direction over that slope
+    seen: Array  # scalar, decaying count of these
     squares: Any  # like the parameters, decaying sum of the squared gradients
 
 
@@ -78,7 +78,7 @@ class LevenbergMarquardt:
       method with global O(1/k^2) convergence, 2023.
     """
 
-    initial: Any = 0.2
+    initial: Any = 0.15
     increase: Any = 2.0
     decrease: Any = 1 / 3
 
@@ -114,12 +114,14 @@ class LevenbergMarquardt:
             start = jnp.where(curvature > 0, self.initial * curvature, root * root) / root
             return jnp.where(jnp.isfinite(start), start, 0).astype(jnp.float32)
 
-        next_slope = jnp.where(state.slope == 0, 0, tree_vdot(gradient, last))
+        held = state.slope != 0
+        kept = tree_vdot(gradient, last).astype(jnp.float32) / jnp.where(held, state.slope, 1)
+        kept = jnp.where(held, jnp.clip(jnp.nan_to_num(kept), -1, 1), 0)
         state = LevenbergMarquardtState(
             factor=jax.lax.cond(state.factor > 0, lambda: state.factor, first),
             slope=state.slope,
-            slopes=_MEMORY * state.slopes + state.slope,
-            next_slopes=_MEMORY * state.next_slopes + next_slope.astype(jnp.float32),
+            agreement=_MEMORY * state.agreement + kept,
+            seen=_MEMORY * state.seen + held,
             squares=jax.tree.map(
                 lambda s, g: _MEMORY * s + (1 - _MEMORY) * jnp.square(g.astype(s.dtype)),
                 state.squares,
@@ -139,7 +141,7 @@ class LevenbergMarquardt:
         """The factor after a step was tried, and the slope that the next gradient is held to."""
         known = outcome.rounding < step.scale
         error = (outcome.error - jnp.sign(outcome.error) * outcome.rounding) / step.scale
-        agree = (state.slopes > 0) & (state.next_slopes > _AGREEMENT * state.slopes)
+        agree = state.agreement > _AGREEMENT * state.seen
         good = known & (error < _TRUSTED)
         wrong = ~(error <= _DISTRUSTED)
         bad = known & wrong

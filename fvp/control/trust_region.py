@@ -40,6 +40,9 @@ def length_within_kl(
     if exact is None:
         return length
 
+    def divergence(a: Array) -> Array:
+        return exact(a).astype(predicted.dtype)
+
     def unfinished(carry: tuple[Array, Array, Array]) -> Array:
         length, kl, trials = carry
         long, short = ~(kl <= 1.03 * bound), kl < 0.9 * bound
@@ -51,10 +54,10 @@ def length_within_kl(
         # Far from the bound the quadratic law fails: go by halves there, or where kl is not finite.
         change = jnp.where(jnp.isfinite(change), jnp.clip(change, 0.5, 2), 0.5)
         length = jnp.minimum(change * length, longest)
-        return length, exact(length), trials + 1
+        return length, divergence(length), trials + 1
 
     length, kl, _ = jax.lax.while_loop(
-        unfinished, shorten, (length, exact(length), jnp.zeros((), jnp.int32))
+        unfinished, shorten, (length, divergence(length), jnp.zeros((), jnp.int32))
     )
     # A bound is a bound: where the correction has not settled, no step is taken.
     return jnp.where(kl <= 1.05 * bound, length, 0)
