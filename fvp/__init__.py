@@ -15,11 +15,13 @@ from fvp.curvature import (
     mc_fisher,
 )
 from fvp.heads import Gaussian, Sigmoid, Softmax
+from fvp.layers import Coverage, fisher_diagonal
 from fvp.solvers import CGInfo, cg
 from fvp.transforms import NaturalGradientState, natural_gradient, scale_by_fisher
 
 __all__ = [
     "CGInfo",
+    "Coverage",
     "CurvatureOperator",
     "Gaussian",
     "NaturalGradientState",
@@ -29,6 +31,7 @@ __all__ = [
     "empirical_fisher",
     "empirical_fisher_vector_product",
     "fisher",
+    "fisher_diagonal",
     "fisher_vector_product",
     "ggn",
     "ggn_vector_product",

@@ -1,0 +1,6 @@
+"""One capture of a model's layers: inputs and back-propagated columns of every parameter's use."""
+
+from fvp.layers.diagonal import fisher_diagonal
+from fvp.layers.report import Coverage
+
+__all__ = ["Coverage", "fisher_diagonal"]
