@@ -15,15 +15,24 @@ from fvp.curvature import (
     mc_fisher,
 )
 from fvp.heads import Gaussian, Sigmoid, Softmax
-from fvp.layers import Coverage, fisher_diagonal
-from fvp.solvers import CGInfo, cg
-from fvp.transforms import NaturalGradientState, natural_gradient, scale_by_fisher
+from fvp.layers import KFAC, Coverage, KFACInverse, fisher_diagonal, kfac
+from fvp.solvers import CGInfo, cg, solve_dual
+from fvp.transforms import (
+    KFACState,
+    NaturalGradientState,
+    natural_gradient,
+    scale_by_fisher,
+    scale_by_kfac,
+)
 
 __all__ = [
+    "KFAC",
     "CGInfo",
     "Coverage",
     "CurvatureOperator",
     "Gaussian",
+    "KFACInverse",
+    "KFACState",
     "NaturalGradientState",
     "Sigmoid",
     "Softmax",
@@ -36,9 +45,12 @@ __all__ = [
     "ggn",
     "ggn_vector_product",
     "hessian",
+    "kfac",
     "mc_fisher",
     "natural_gradient",
     "scale_by_fisher",
+    "scale_by_kfac",
+    "solve_dual",
 ]
 
 

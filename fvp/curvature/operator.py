@@ -30,13 +30,20 @@ class CurvatureOperator:
     total: Array
     template: Any = dataclasses.field(metadata={"static": True})
     axis_name: AxisName = dataclasses.field(metadata={"static": True})
+    source: Any = None
 
     @classmethod
-    def of(cls, piece: Any, total: Array, params: Any, axis_name: AxisName) -> CurvatureOperator:
-        """The mean of ``piece``, whose examples weigh ``total``, over trees like ``params``."""
+    def of(
+        cls, piece: Any, total: Array, params: Any, axis_name: AxisName, source: Any = None
+    ) -> CurvatureOperator:
+        """The mean of ``piece``, whose examples weigh ``total``, over trees like ``params``.
+
+        ``source`` is the model and the data that the piece was linearised at, for solvers that need
+        more than products.
+        """
         leaves, structure = jax.tree.flatten(params)
         shapes = tuple(jax.ShapeDtypeStruct(leaf.shape, leaf.dtype) for leaf in leaves)
-        return cls(piece, total, (structure, shapes), axis_name)
+        return cls(piece, total, (structure, shapes), axis_name, source)
 
     @property
     def output(self) -> Array:

@@ -236,7 +236,10 @@ def _view_factor(use: Use) -> Any:
     factor = jnp.asarray(factor)
     if factor.ndim == 0:
         return factor
-    return use.weight(jnp.broadcast_to(factor, use.view.shape))[:, 0]
+    core = jnp.broadcast_to(factor, use.view.shape)
+    groups = core.transpose([d for part in use.parts for d in part])
+    groups = groups.reshape(-1, use.layout.shape[2])
+    return jnp.tile(groups, (use.layout.shape[0] // groups.shape[0], 1))
 
 
 def rows_of(

@@ -15,7 +15,7 @@ import jax
 import jax.numpy as jnp
 from jax import Array
 
-from fvp.curvature.metrics import Examples, monte_carlo_metric
+from fvp.curvature.metrics import Examples, ScoreMetric, monte_carlo_metric
 from fvp.curvature.pieces import example_weights, mask_outputs, total_weight
 from fvp.heads import Head
 from fvp.numerics import widen
@@ -102,17 +102,40 @@ def columns_of(
         size, root = score_root(head.score(z, targets)[None])
     else:
         size, root = exact_root(head, z)
+    return separated(size, root, shares, separate, head.event_ndim)
+
+
+def metric_columns(piece: Any, total: Array, separate: Sequence[int]) -> Columns:
+    """The columns of a Gauss-Newton piece whose examples weigh ``total``, from its own metric."""
+    head, metric, z = piece.head, piece.metric, piece.output
+    counts = head.batch_shape(z)
+    weights = jnp.ones(counts, total.dtype) if piece.weights is None else piece.weights
+    if isinstance(metric, ScoreMetric):
+        size, root = score_root(metric.scores)
+    else:
+        size, root = exact_root(head, metric.z)
+    return separated(size, root, weights / total, separate, head.event_ndim)
+
+
+def separated(
+    size: int,
+    root: Callable[[Any], Array],
+    shares: Array,
+    separate: Sequence[int],
+    event_ndim: int,
+) -> Columns:
+    """The columns ``root``, weighted, one copy for each row along the axes ``separate``."""
+    counts = shares.shape
     shape = tuple(counts[axis] for axis in separate)
-    scale = jnp.sqrt(shares).reshape(*counts, *(1,) * head.event_ndim)
+    scale = jnp.sqrt(shares).reshape(*counts, *(1,) * event_ndim)
 
     def make(index: Any) -> Array:
-        column = root(index % size)
         # A row of weight zero is not there, whatever it holds.
-        column = jnp.where(scale == 0, 0, scale * column)
+        column = jnp.where(scale == 0, 0, scale * root(index % size))
         row = jnp.unravel_index(index // size, shape) if shape else ()
         for axis, position in zip(separate, row, strict=True):
             here = jnp.arange(counts[axis]) == position
-            column = jnp.where(here.reshape(-1, *(1,) * (z.ndim - axis - 1)), column, 0)
+            column = jnp.where(here.reshape(-1, *(1,) * (column.ndim - axis - 1)), column, 0)
         return column
 
     return Columns(math.prod(shape) * size, shares, make)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable
 from typing import Any
 
@@ -15,15 +14,12 @@ from fvp.checks import check_inexact_tree, check_positive_int
 from fvp.compilation import compiled_when_eager
 from fvp.curvature.linearization import Linearization
 from fvp.heads import Head
-from fvp.layers.capture import Capture, capture
 from fvp.layers.columns import columns_of
-from fvp.layers.groups import Rows, groups_of, input_size, to_leaf
-from fvp.layers.products import einsum
-from fvp.layers.report import check_covered, check_fallback
-from fvp.layers.uses import Use
+from fvp.layers.groups import Rows
+from fvp.layers.report import check_fallback
+from fvp.layers.rows import CHUNK, LayerRows, layer_rows
+from fvp.layers.squares import squared
 from fvp.numerics import cast_like, widen
-
-_CHUNK = 2**25  # entries of per-example gradients, or of cotangents, that are held at a time
 
 
 def fisher_diagonal(
@@ -101,115 +97,54 @@ def _diagonal(
     weights: Any,
     key: Any,
 ) -> Any:
-    layers = capture(model_fn, head, params, batch, jax.tree.unflatten(*axes))
-    check_covered(layers, fallback)
     keys = None if key is None else jax.random.split(key, num_samples)
-    everywhere = range(len(layers.batch_shape))
-    apart = [axis for axis in everywhere if axis not in layers.examples]
-    columns = columns_of(head, layers.z, weights, apart, keys=keys)
-    shares = jnp.sum(columns.shares, axis=tuple(apart)).ravel()
-    groups = groups_of(layers)
-    used = [[layers.uses[number] for number in group] for group in groups]
-    inputs = [[_present(layers.inputs[number], shares) for number in group] for group in groups]
+    batch_axes = jax.tree.unflatten(*axes)
+    captured = layer_rows(model_fn, head, params, batch, weights, batch_axes, fallback, keys=keys)
+    layers = captured.layers
 
-    def squares(cotangents: Array) -> list[Array]:
-        outputs = layers.outputs(cotangents)
+    def squares(groups: list[Rows]) -> list[Array]:
         total = [jnp.zeros(s.shape, widen(layers.z).dtype) for s in layers.shapes]
-        for group, uses, xs in zip(groups, used, inputs, strict=True):
-            deltas = [_present(outputs[number], shares, 1) for number in group]
-            total[uses[0].view.leaf] += _squared(Rows(tuple(uses), tuple(xs), tuple(deltas)))
+        for rows in groups:
+            total[rows.uses[0].view.leaf] += squared(rows)
         return total
 
-    total = columns.sum(squares, _columns_at_a_time(layers))
-    lost = sorted({use.view.leaf for use in layers.lost})
-    if lost:
-        rows = columns_of(head, layers.z, weights, everywhere, keys=keys)
-        plain = _squared_rows(model_fn, params, batch, rows, lost)
-        for leaf, value in zip(lost, plain, strict=True):
-            total[leaf] = value
+    total = captured.sum(squares)
+    for leaf, value in squared_rows(
+        model_fn, head, params, batch, weights, captured, captured.lost, keys=keys
+    ).items():
+        total[leaf] = value
     return cast_like(layers.unflatten(total), params)
 
 
-def _present(x: Any, shares: Array, axis: int = 0) -> Any:
-    """``x`` with the examples of weight zero, whatever they hold, replaced by zeros."""
-    if x is None or shares.size == 1 or not jnp.issubdtype(x.dtype, jnp.floating):
-        return x
-    return jnp.where((shares == 0).reshape(-1, *(1,) * (x.ndim - axis - 1)), 0, widen(x))
-
-
-def _columns_at_a_time(layers: Capture) -> int:
-    largest = max((math.prod(use.shape) for use in layers.uses), default=1)
-    return max(1, _CHUNK // largest)
-
-
-def _squared(rows: Rows) -> Array:
-    """The sum over columns and examples of the squared gradient with respect to the leaf."""
-    use, x, delta = rows.uses[0], rows.inputs[0], rows.outputs[0]
-    if len(rows.uses) > 1 or use.view.mixes:
-        return _squared_gradients(rows)
-    if use.kind == "lookup":
-        return to_leaf(use, _squared_lookup(use, x, delta))
-    if x is None:  # the gradient itself
-        return to_leaf(use, jnp.sum(delta**2, axis=(0, 1, 2))[:, None, :])
-    if delta.shape[2] > 1:
-        return _squared_gradients(rows)
-    power = jnp.sum(delta**2, axis=0)
-    return to_leaf(use, einsum("ergi,ergo->gio", x**2, power))
-
-
-def _squared_lookup(use: Use, x: Array, delta: Array) -> Array:
-    """Rows of one example that look up the same entry are added up before they are squared."""
-    if delta.shape[2] > 1:
-        same = (x[:, :, None] == x[:, None]).astype(delta.dtype)  # (E, R, R, G)
-        delta = einsum("ersg,kesgo->kergo", same, delta) / jnp.sqrt(same.sum(2))[None, ..., None]
-    power = jnp.sum(delta**2, axis=0)
-    size = input_size(use)
-
-    def scatter(index: Array, power: Array) -> Array:
-        return jnp.zeros((size, power.shape[-1]), power.dtype).at[index].add(power, mode="drop")
-
-    groups = power.shape[2]
-    power = jnp.moveaxis(power, 2, 0).reshape(groups, -1, power.shape[-1])
-    return jax.vmap(scatter)(jnp.moveaxis(x, 2, 0).reshape(groups, -1), power)
-
-
-def _squared_gradients(rows: Rows) -> Array:
-    """Through the per-example gradients themselves, a few examples at a time."""
-    examples = rows.outputs[0].shape[1]
-    gradient = jax.eval_shape(rows.gradients)
-    size = max(1, _CHUNK // max(1, math.prod(gradient.shape) // examples))
-
-    def some(data: Any) -> Array:
-        xs, deltas = data
-        deltas = tuple(jnp.moveaxis(d, 0, 1) for d in deltas)
-        return jnp.sum(Rows(rows.uses, xs, deltas).gradients() ** 2, axis=(0, 1))
-
-    data = (rows.inputs, tuple(jnp.moveaxis(d, 1, 0) for d in rows.outputs))
-    if size >= examples:
-        return some(data)
-    padding = -examples % size
-    pad = lambda a: jnp.concatenate([a, jnp.zeros((padding, *a.shape[1:]), a.dtype)])
-    data = jax.tree.map(lambda a: pad(a).reshape(-1, size, *a.shape[1:]), data)
-    zero = jnp.zeros(gradient.shape[2:], gradient.dtype)
-    return jax.lax.scan(lambda total, part: (total + some(part), None), zero, data)[0]
-
-
-def _squared_rows(model_fn: Any, params: Any, batch: Any, rows: Any, lost: list[int]) -> Any:
-    """One backward pass for every row and column, for the leaves without a layer rule."""
+def squared_rows(
+    model_fn: Any,
+    head: Head,
+    params: Any,
+    batch: Any,
+    weights: Any,
+    captured: LayerRows,
+    lost: list[int],
+    **options: Any,
+) -> dict[int, Array]:
+    """The diagonal of the leaves ``lost``, by one backward pass for every row and column."""
+    if not lost:
+        return {}
+    everywhere = range(len(captured.layers.batch_shape))
+    columns = columns_of(head, captured.layers.z, weights, everywhere, **options)
     leaves, structure = jax.tree.flatten(params)
 
-    def model(some: Any) -> Array:
+    def model(some: list[Any]) -> Array:
         whole = list(leaves)
         for leaf, value in zip(lost, some, strict=True):
             whole[leaf] = value
         return model_fn(jax.tree.unflatten(structure, whole), batch)
 
-    some = [leaves[leaf] for leaf in lost]
-    linearization = Linearization.of(model, some)
+    linearization = Linearization.of(model, [leaves[leaf] for leaf in lost])
     dtype = linearization.output.dtype
 
-    def squares(cotangents: Array) -> Any:
+    def squares(cotangents: Array) -> list[Array]:
         gradients = jax.vmap(lambda u: linearization.vjp(u.astype(dtype)))(cotangents)
-        return jax.tree.map(lambda g: jnp.sum(widen(g) ** 2, axis=0), gradients)
+        return [jnp.sum(widen(g) ** 2, axis=0) for g in gradients]
 
-    return rows.sum(squares, max(1, _CHUNK // max(leaf.size for leaf in some)))
+    size = max(1, CHUNK // max(leaves[leaf].size for leaf in lost))
+    return dict(zip(lost, columns.sum(squares, size), strict=True))

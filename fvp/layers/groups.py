@@ -34,7 +34,7 @@ def disjoint(uses: Sequence[Use], shape: tuple[int, ...]) -> bool:
     """Whether no entry of a parameter of ``shape`` is read by two of ``uses``."""
     if any(use.view.mixes for use in uses):
         return False
-    if sum(math.prod(use.view.shape) * _stacks(use) for use in uses) > math.prod(shape):
+    if sum(math.prod(use.layout.shape) for use in uses) > math.prod(shape):
         return False
     seen = np.zeros(math.prod(shape), bool)
     for use in uses:
@@ -47,41 +47,7 @@ def disjoint(uses: Sequence[Use], shape: tuple[int, ...]) -> bool:
 
 def labels(use: Use, shape: tuple[int, ...]) -> np.ndarray:
     """Which entry of the leaf each entry of the weight (groups, inputs, outputs) is."""
-    return to_weight(use, np.arange(math.prod(shape)).reshape(shape))
-
-
-def _stacks(use: Use) -> int:
-    return math.prod(length for kind, length in use.scans if kind == "stacked")
-
-
-def to_weight(use: Use, leaf: Any) -> Any:
-    """The weight (groups, inputs, outputs) of a use, out of a leaf."""
-    core = use.view.push(leaf)
-    stacks = use.view.stacks
-    core = core.reshape(-1, *core.shape[stacks:])
-    parts = [use.weight(part) for part in core] if stacks else [use.weight(core[0])]
-    if isinstance(leaf, np.ndarray):
-        return np.concatenate(parts)
-    return jnp.concatenate(parts)
-
-
-def to_leaf(use: Use, weight: Array) -> Array:
-    """A leaf of zeros with the weight (..., groups, inputs, outputs) of a use in its place."""
-    lengths = [length for kind, length in use.scans if kind == "stacked"]
-    lead = weight.shape[:-3]
-    weight = weight.reshape(*lead, *lengths, -1, *weight.shape[-2:])
-    core = use.core
-    for _ in range(len(lead) + len(lengths)):
-        core = jax.vmap(core)
-    return use.view.pull(core(weight))
-
-
-def input_size(use: Use) -> int:
-    """How many inputs the weight of a use has."""
-    if use.kind in ("shift", "scale"):
-        return 1
-    core = jax.ShapeDtypeStruct(use.view.shape, jnp.float32)
-    return jax.eval_shape(use.weight, core).shape[1]
+    return use.layout.weight(np.arange(math.prod(shape)).reshape(shape))
 
 
 def one_hot_inputs(use: Use, x: Any, like: Array) -> Array:
@@ -89,7 +55,7 @@ def one_hot_inputs(use: Use, x: Any, like: Array) -> Array:
     if x is None:
         return jnp.ones((*like.shape[-4:-1], 1), like.dtype)
     if use.kind == "lookup":
-        return jax.nn.one_hot(x, input_size(use), dtype=like.dtype)
+        return jax.nn.one_hot(x, use.layout.shape[1], dtype=like.dtype)
     return x
 
 
@@ -106,5 +72,5 @@ class Rows:
         total: Any = 0
         for use, x, delta in zip(self.uses, self.inputs, self.outputs, strict=True):
             x = one_hot_inputs(use, x, delta).astype(delta.dtype)
-            total += to_leaf(use, einsum("ergi,kergo->kegio", x, delta))
+            total += use.layout.leaf(einsum("ergi,kergo->kegio", x, delta))
         return total

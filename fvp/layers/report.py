@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 
 from fvp.layers.capture import Capture
 from fvp.layers.uses import Use
@@ -38,14 +38,14 @@ class Coverage:
         return "\n".join(f"{a:<{widths[0]}}  {b:<{widths[1]}}  {c}" for a, b, c in cells)
 
 
-def coverage_of(layers: Capture) -> Coverage:
-    """The uses found for each parameter, in words."""
-    rows = []
+def coverage_of(layers: Capture, unserved: Mapping[int, str] | None = None) -> Coverage:
+    """The uses found for each parameter, in words; ``unserved`` leaves have one row by row."""
+    rows, unserved = [], unserved or {}
     for leaf, (path, shape) in enumerate(zip(layers.paths, layers.shapes, strict=True)):
         lost = [use for use in layers.lost if use.view.leaf == leaf]
         uses = [use for use in layers.uses if use.view.leaf == leaf]
-        if lost:
-            treatment = f"row by row: {lost[0].primitive}"
+        if lost or leaf in unserved:
+            treatment = f"row by row: {unserved.get(leaf) or lost[0].primitive}"
         elif layers.mixed is not None and uses:
             treatment = f"row by row: {layers.mixed} mixes examples"
         else:

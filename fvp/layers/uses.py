@@ -18,7 +18,7 @@ import jax.numpy as jnp
 from jax import Array
 
 from fvp.layers.place_rules import AnyPlace
-from fvp.layers.views import View
+from fvp.layers.views import Layout, View
 
 
 @dataclasses.dataclass(eq=False)
@@ -35,7 +35,7 @@ class Use:
       read_input: the other operand -> (rows, groups, inputs); indices (rows, groups) of a lookup;
         factors in the shape of the output for a scale.
       read_output: an array like the output -> (rows, groups, outputs).
-      weight: the core -> (groups, inputs, outputs); ``core`` is its inverse.
+      parts: the axes of the core that are (groups, inputs, outputs).
       features: the axes of the output that are (groups, outputs), in this order.
       scans: the lengths of the enclosing scans, outermost first, and whether each scans over the
         parameter ("stacked") or shares it.
@@ -50,12 +50,16 @@ class Use:
     rows: tuple[int, ...] = ()
     read_input: Callable[[Any], Any] = lambda x: x
     read_output: Callable[[Any], Any] = lambda x: x
-    weight: Callable[[Any], Any] = lambda x: x
-    core: Callable[[Any], Any] = lambda x: x
+    parts: tuple[tuple[int, ...], ...] = ((), (), ())
     features: tuple[int, ...] = ()
     scans: tuple[tuple[str, int], ...] = ()
     joined: Use | None = None
     dtype: Any = None
+
+    @property
+    def layout(self) -> Layout:
+        """How the parameter is the weight (groups, inputs, outputs) of this use."""
+        return Layout(dataclasses.replace(self.view, factor=None), self.parts)
 
 
 def classify(eqn: Any, position: int, view: View, places: Sequence[AnyPlace]) -> Use:
@@ -94,16 +98,8 @@ def _ordered(*parts: Sequence[int], merge: int) -> Callable[[Any], Any]:
     return apply
 
 
-def _inverse(parts: Sequence[Sequence[int]], shape: Sequence[int]) -> Callable[[Any], Any]:
-    """The inverse of :func:`_ordered` with all parts merged, for arrays of ``shape``."""
-    order = [d for part in parts for d in part]
-    back = sorted(range(len(order)), key=order.__getitem__)
-    return lambda x: x.reshape([shape[d] for d in order]).transpose(back)
-
-
-def _with_weight(use: Use, *parts: Sequence[Any]) -> Use:
-    use.weight = _ordered(*parts, merge=3)
-    use.core = _inverse(parts, use.view.shape)
+def _with_parts(use: Use, *parts: Sequence[Any]) -> Use:
+    use.parts = tuple(tuple(part) for part in parts)
     return use
 
 
@@ -134,7 +130,7 @@ def _dense(eqn: Any, position: int, use: Use) -> Use:
     groups = core(batch[position][i] for i in group_out)
     named = [*groups, *core(contract[position]), *core(free[position])]
     rest = [d for d in range(len(view.shape)) if d not in named]  # of length one
-    return _with_weight(use, [*rest, *groups], core(contract[position]), core(free[position]))
+    return _with_parts(use, [*rest, *groups], core(contract[position]), core(free[position]))
 
 
 def _convolution(eqn: Any, use: Use) -> Use:
@@ -165,20 +161,16 @@ def _convolution(eqn: Any, use: Use) -> Use:
         y = jnp.moveaxis(y.transpose(numbers.out_spec), 1, -1)
         return y.reshape(*y.shape[:-1], groups, out_features // groups)
 
-    def weight(core: Any) -> Any:
-        core = core.transpose(numbers.rhs_spec)
-        core = core.reshape(groups, out_features // groups, -1)
-        return core.transpose(0, 2, 1)
-
-    def to_core(w: Any) -> Any:
-        w = w.transpose(0, 2, 1).reshape(out_features, in_features, *window)
-        return w.transpose(sorted(range(w.ndim), key=numbers.rhs_spec.__getitem__))
-
     use.kind, use.read_input, use.read_output = "convolution", read_input, read_output
-    use.weight, use.core = weight, to_core
     use.rows = (numbers.out_spec[0], *numbers.out_spec[2:])
     use.features = (numbers.out_spec[1],)
-    return use
+    # The output channels come group by group.
+    old = view.shape
+    new = (*old[:out_dim], groups, out_features // groups, *old[out_dim + 1 :])
+    use.view = view.then(("reshape", old, new), new)
+    after = lambda d: d + (d > out_dim)
+    inputs = [after(in_dim), *map(after, spatial)]
+    return _with_parts(use, [out_dim], inputs, [out_dim + 1])
 
 
 def _lookup(eqn: Any, use: Use) -> Use:
@@ -204,7 +196,7 @@ def _lookup(eqn: Any, use: Use) -> Use:
     use.kind, use.read_input, use.features = "lookup", read_input, numbers.offset_dims
     use.rows = tuple(d for d in range(len(use.shape)) if d not in numbers.offset_dims)
     use.read_output = _ordered(use.rows, (), numbers.offset_dims, merge=2)
-    return _with_weight(use, (), (axis,), rest)
+    return _with_parts(use, (), (axis,), rest)
 
 
 def _elementwise(use: Use, kind: str) -> Use:
@@ -221,4 +213,4 @@ def _elementwise(use: Use, kind: str) -> Use:
     use.read_output = _ordered(use.rows, groups, outputs, merge=2)
     last = named[-1:] if named else []
     rest = [d for d in range(len(view.shape)) if d not in last]
-    return _with_weight(use, rest, (), last)
+    return _with_parts(use, rest, (), last)

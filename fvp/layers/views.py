@@ -238,3 +238,41 @@ def _arithmetic(eqn: Any, position: int, view: View, others: list[Any]) -> list[
             constant = jnp.broadcast_to(constant, old).reshape(view.shape)
         return [view.scaled(constant if name == "mul" else 1 / constant)]
     return None
+
+
+@dataclasses.dataclass(frozen=True)
+class Layout:
+    """How the entries of a leaf are a weight (groups, inputs, outputs); hashable.
+
+    ``parts`` are the axes of the view's core that are groups, inputs and outputs; the stacked axes
+    are the slowest groups.
+    """
+
+    view: View
+    parts: tuple[tuple[int, ...], ...]
+
+    @property
+    def stacks(self) -> tuple[int, ...]:
+        """The lengths of the stacked axes."""
+        return tuple(op[1] for op in self.view.ops if op[0] == "unstack")
+
+    @property
+    def shape(self) -> tuple[int, int, int]:
+        """(groups, inputs, outputs)."""
+        groups, *sides = (math.prod(self.view.shape[d] for d in part) for part in self.parts)
+        return (math.prod(self.stacks) * groups, *sides)  # pyright: ignore[reportReturnType]
+
+    def weight(self, leaf: Any) -> Any:
+        """The weight (groups, inputs, outputs), out of a leaf; NumPy stays NumPy."""
+        core, lead = self.view.push(leaf), len(self.stacks)
+        order = [lead + d for part in self.parts for d in part]
+        return core.transpose(*range(lead), *order).reshape(self.shape)
+
+    def leaf(self, weight: Any) -> Any:
+        """A leaf of zeros with the weight (..., groups, inputs, outputs) in its place."""
+        front = weight.shape[:-3]
+        order = [d for part in self.parts for d in part]
+        lead = len(front) + len(self.stacks)
+        core = weight.reshape(*front, *self.stacks, *(self.view.shape[d] for d in order))
+        back = sorted(range(len(order)), key=order.__getitem__)
+        return self.view.pull(core.transpose(*range(lead), *(lead + d for d in back)))

@@ -1,9 +1,16 @@
 """Optax gradient transformations."""
 
+from fvp.transforms.kfac import KFACState, scale_by_kfac
 from fvp.transforms.natural_gradient import (
     NaturalGradientState,
     natural_gradient,
     scale_by_fisher,
 )
 
-__all__ = ["NaturalGradientState", "natural_gradient", "scale_by_fisher"]
+__all__ = [
+    "KFACState",
+    "NaturalGradientState",
+    "natural_gradient",
+    "scale_by_fisher",
+    "scale_by_kfac",
+]

@@ -18,7 +18,7 @@ from fvp.curvature.operators import ModelFn
 from fvp.heads import Head
 from fvp.mesh import AxisName
 from fvp.numerics import cast_like, tree_where
-from fvp.solvers import cg
+from fvp.solvers import SOLVERS, cg, choose_solver, solve_exactly
 
 ScalarOrSchedule = ArrayLike | Callable[[Array], ArrayLike]
 
@@ -43,6 +43,7 @@ def scale_by_fisher(
     *,
     damping: ScalarOrSchedule = 0.1,
     curvature: str = "fisher",
+    solver: str = "cg",
     maxiter: Any = 20,
     tol: ArrayLike = 1e-3,
     warm_start: bool = False,
@@ -74,6 +75,11 @@ def scale_by_fisher(
       head: output distribution, such as ``fvp.Softmax()``.
       damping: multiple of the identity added to the curvature: a number or an optax schedule.
       curvature: "fisher", "ggn" or "empirical".
+      solver: "cg"; "dual", an exact solve in the space of examples x outputs
+        (:func:`fvp.solve_dual`; pass ``targets=`` to keep its digits at tiny damping); "dense", an
+        exact solve with the (P, P) matrix; or "auto", which takes "dual" where examples x outputs
+        are at most 4096 and fewer than the parameters, "dense" where the parameters are at most
+        1024, and else "cg".
       maxiter: most CG iterations.
       tol: CG stops at this relative residual.
       warm_start: start CG at the last solution; costs one product.
@@ -108,6 +114,7 @@ def scale_by_fisher(
         head,
         damping=damping,
         curvature=curvature,
+        solver=solver,
         maxiter=maxiter,
         tol=tol,
         warm_start=warm_start,
@@ -124,6 +131,7 @@ def natural_gradient(
     *,
     damping: ScalarOrSchedule = 0.1,
     curvature: str = "fisher",
+    solver: str = "cg",
     maxiter: Any = 20,
     tol: ArrayLike = 1e-3,
     warm_start: bool = False,
@@ -139,6 +147,7 @@ def natural_gradient(
       head: see there.
       damping: see there.
       curvature: see there.
+      solver: see there.
       maxiter: see there.
       tol: see there.
       warm_start: see there.
@@ -155,6 +164,7 @@ def natural_gradient(
         head,
         damping=damping,
         curvature=curvature,
+        solver=solver,
         maxiter=maxiter,
         tol=tol,
         warm_start=warm_start,
@@ -171,6 +181,7 @@ def _transform(
     *,
     damping: ScalarOrSchedule,
     curvature: str,
+    solver: str,
     maxiter: Any,
     tol: ArrayLike,
     warm_start: bool,
@@ -181,6 +192,8 @@ def _transform(
     """Both transformations: the step is the direction itself, or -learning_rate times it."""
     if curvature not in _CURVATURES:
         raise ValueError(f"curvature: expected one of {sorted(_CURVATURES)}, got {curvature!r}.")
+    if solver not in SOLVERS:
+        raise ValueError(f"solver: expected one of {SOLVERS}, got {solver!r}.")
     if isinstance(damping, (int, float)) and not damping >= 0:
         raise ValueError(f"damping: expected 0 or more, got {damping}.")
     model_on_subset = _OnSubset(model_fn)
@@ -219,9 +232,16 @@ def _transform(
         if operator is None:
             operator = build(params, *data)
         strength = _at(damping, state.count)
-        solution, info = cg(
-            operator, gradient, damping=strength, x0=state.direction, tol=tol, maxiter=maxiter
-        )
+        chosen = choose_solver(operator) if solver == "auto" else solver
+        if chosen == "cg":
+            solution, info = cg(
+                operator, gradient, damping=strength, x0=state.direction, tol=tol, maxiter=maxiter
+            )
+        else:
+            targets = data[1]
+            solution, info = solve_exactly(
+                chosen, operator, gradient, jnp.asarray(strength), targets
+            )
         # A solve that broke down late still holds a good iterate; one that did not descend, or
         # met something that is not finite, leaves parameters and warm start alone.
         accepted = jnp.isfinite(info.residual_norm) & (info.model_value < 0)
