@@ -295,3 +295,15 @@ def test_a_convolution_over_merged_axes_keeps_its_examples():
     patches = jax.jit(run)(kernel, x)
     assert layers["it"].examples == (0, 1)
     assert patches.shape == (6, 9, 1, 4)
+
+
+def test_keys_of_their_own_keep_examples_apart():
+    def one(w, example):
+        kept = jax.random.bernoulli(example["key"], 0.5, (3,))
+        return (kept * example["x"]) @ w
+
+    batch = {"x": jnp.ones((4, 3)), "key": jax.random.split(jax.random.key(0), 4)}
+    model_fn, w = jax.vmap(one, in_axes=(None, 0)), jnp.ones((3, 2))
+    actual = fvp.fisher_diagonal(model_fn, GAUSSIAN, w, batch)
+    expected = jnp.diagonal(fvp.fisher(model_fn, GAUSSIAN, w, batch).dense())
+    assert relative_error(actual.ravel(), expected) < 1e-12

@@ -60,6 +60,7 @@ _REDUCTIONS = _names(
     """reduce_sum reduce_max reduce_min reduce_prod reduce_and reduce_or argmax argmin"""
 )
 _CUMULATIVE = _names("cumsum cumprod cummax cummin cumlogsumexp")
+_KEYS = _names("random_bits random_split random_wrap random_unwrap random_fold_in")
 _WINDOWS = _names(
     """reduce_window reduce_window_sum reduce_window_max reduce_window_min reduce_window_prod"""
 )
@@ -201,6 +202,14 @@ def _top_k(eqn: Any, places: Any, count: int) -> AnyPlace:
     return None if place is None or place.dim == axis else place
 
 
+def _keys(eqn: Any, places: Any, count: int) -> AnyPlace:
+    """Random keys: what is drawn from each key stays at its place, with further axes behind."""
+    joined: AnyPlace = None
+    for place in places:
+        joined = join(joined, place, eqn.primitive.name)
+    return joined if isinstance(joined, Place) else None
+
+
 RULES: dict[str, Any] = {
     "broadcast_in_dim": _broadcast,
     "reshape": _reshape,
@@ -223,3 +232,4 @@ RULES: dict[str, Any] = {
 RULES |= dict.fromkeys(_REDUCTIONS, _reduce)
 RULES |= dict.fromkeys(_CUMULATIVE, _along("axis"))
 RULES |= dict.fromkeys(_WINDOWS, _window)
+RULES |= dict.fromkeys(_KEYS, _keys)

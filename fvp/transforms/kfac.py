@@ -50,6 +50,8 @@ def scale_by_kfac(
     inverse_period: int = 1,
     rule: str = "exact",
     weight_sharing: str = "expand",
+    num_samples: int | None = 1,
+    seed: int = 0,
     momentum: bool = True,
     max_kl: float | None = None,
     batch_axes: Any = 0,
@@ -81,6 +83,9 @@ def scale_by_kfac(
       inverse_period: steps between two inversions of them.
       rule: how damping enters the factors, see :meth:`fvp.KFAC.inverse`.
       weight_sharing: "expand" or "reduce", see :func:`fvp.kfac`.
+      num_samples: labels drawn from the model for each example, for Monte Carlo factors at the cost
+        of that many backward passes; None takes exact ones, with one for each column of S.
+      seed: of those draws, with the number of the step.
       momentum: whether the last step takes part in the quadratic model.
       max_kl: most predicted KL divergence, 1/2 d^T F d, of a step d; longer ones are shortened.
       batch_axes: where the example axis of each leaf of ``batch`` is.
@@ -114,13 +119,18 @@ def scale_by_kfac(
             " must know their shapes; pass a batch, or jax.ShapeDtypeStructs like one."
         )
 
-    def factor(params: Any, batch: Any, weights: Any) -> KFAC:
+    def factor(params: Any, batch: Any, weights: Any, count: Any) -> KFAC:
+        key = None
+        if num_samples is not None:
+            key = jax.random.fold_in(jax.random.key(seed), count)
         return kfac(
             model_fn,
             head,
             params,
             batch,
             weights=weights,
+            key=key,
+            num_samples=num_samples or 1,
             weight_sharing=weight_sharing,
             batch_axes=batch_axes,
             fallback=fallback,
@@ -129,7 +139,7 @@ def scale_by_kfac(
     def init(params: Any) -> KFACState:
         factors = inverse = None
         if example_batch is not None:
-            shapes = jax.eval_shape(lambda p, b: factor(p, b, None), params, example_batch)
+            shapes = jax.eval_shape(lambda p, b: factor(p, b, None, 0), params, example_batch)
             zeros = lambda tree: jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), tree)
             factors = zeros(shapes)
             inverse = zeros(jax.eval_shape(lambda k: k.inverse(jnp.float32(1), rule=rule), shapes))
@@ -148,12 +158,12 @@ def scale_by_kfac(
         """Sums of factors, their weight, and the inverse to use now."""
         batch, _, weights = data
         if state.factors is None:
-            now = factor(params, batch, weights)
+            now = factor(params, batch, weights, state.count)
             return None, state.weight, now.inverse(strength, rule=rule), None
 
         def add(operands: Any) -> Any:
             factors, weight = operands
-            now = factor(params, batch, weights)
+            now = factor(params, batch, weights, state.count)
             summed = jax.tree.map(lambda a, b: decay * a + b.astype(a.dtype), factors, now)
             return summed, decay * weight + 1
 
