@@ -16,14 +16,25 @@ from fvp.curvature import (
     mc_fisher,
 )
 from fvp.heads import Gaussian, Sigmoid, Softmax
+from fvp.layers import KFAC, Coverage, KFACInverse, fisher_diagonal, kfac
 from fvp.preconditioners import diagonal_preconditioner, nystrom_preconditioner
-from fvp.solvers import CGInfo, cg
-from fvp.transforms import NaturalGradientState, natural_gradient, scale_by_fisher
+from fvp.solvers import CGInfo, cg, solve_dual
+from fvp.transforms import (
+    KFACState,
+    NaturalGradientState,
+    natural_gradient,
+    scale_by_fisher,
+    scale_by_kfac,
+)
 
 __all__ = [
+    "KFAC",
     "CGInfo",
+    "Coverage",
     "CurvatureOperator",
     "Gaussian",
+    "KFACInverse",
+    "KFACState",
     "LevenbergMarquardt",
     "NaturalGradientState",
     "Sigmoid",
@@ -33,14 +44,18 @@ __all__ = [
     "empirical_fisher",
     "empirical_fisher_vector_product",
     "fisher",
+    "fisher_diagonal",
     "fisher_vector_product",
     "ggn",
     "ggn_vector_product",
     "hessian",
+    "kfac",
     "mc_fisher",
     "natural_gradient",
     "nystrom_preconditioner",
     "scale_by_fisher",
+    "scale_by_kfac",
+    "solve_dual",
 ]
 
 

@@ -35,6 +35,17 @@ class Regrouped:
     examples: Examples
 
 
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Source:
+    """The model and the data that an operator was linearised at."""
+
+    params: Any
+    batch: Any
+    model_fn: Callable[[Any, Any], Array] = dataclasses.field(metadata={"static": True})
+    batch_axes: tuple[int | None, ...] | None = dataclasses.field(metadata={"static": True})
+
+
 @dataclasses.dataclass(frozen=True)
 class ChunkRecipe:
     """Static: how the piece of one chunk is made."""
@@ -79,12 +90,14 @@ def build_operator(
         )
     params = to_local(check_inexact_tree(params, "params"), axis_name, "params")
     if chunk_size is None:
-        return _build_whole(make_piece, model_fn, axis_name, head, params, batch, examples)
+        # The axes are not needed for products: 0 stands for what an unfitting leaf may not have.
+        axes = None if batch_axes == 0 else _leaf_axes(batch, batch_axes)
+        return _build_whole(make_piece, model_fn, axis_name, axes, head, params, batch, examples)
     check_positive_int(chunk_size, "chunk_size")
     axes = _leaf_axes(batch, batch_axes)
     count = _example_count(batch, axes)
     if chunk_size >= count:
-        return _build_whole(make_piece, model_fn, axis_name, head, params, batch, examples)
+        return _build_whole(make_piece, model_fn, axis_name, axes, head, params, batch, examples)
     return _build_chunked(
         make_piece, model_fn, axis_name, axes, count, chunk_size, head, params, batch, examples
     )
@@ -95,6 +108,7 @@ def _build_whole(
     make_piece: MakePiece,
     model_fn: Callable[[Any, Any], Array],
     axis_name: AxisName,
+    axes: tuple[int | None, ...] | None,
     head: Head,
     params: Any,
     batch: Any,
@@ -104,7 +118,8 @@ def _build_whole(
     check_axis_name(params, piece.output)
     shape = head.batch_shape(piece.output)
     total = total_weight(piece.weights, piece.output, shape, axis_name)
-    return CurvatureOperator.of(piece, total, math.prod(shape), params, axis_name)
+    source = Source(params, batch, model_fn, axes)
+    return CurvatureOperator.of(piece, total, math.prod(shape), params, axis_name, source)
 
 
 @compiled_when_eager

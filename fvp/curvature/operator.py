@@ -31,19 +31,30 @@ class CurvatureOperator:
     scale: Array
     template: Any = dataclasses.field(metadata={"static": True})
     axis_name: AxisName = dataclasses.field(metadata={"static": True})
+    source: Any = None
 
     @classmethod
     def of(
-        cls, piece: Any, total: Array, count: int, params: Any, axis_name: AxisName
+        cls,
+        piece: Any,
+        total: Array,
+        count: int,
+        params: Any,
+        axis_name: AxisName,
+        source: Any = None,
     ) -> CurvatureOperator:
-        """The mean of ``piece``, ``count`` examples of weight ``total``, over trees like params."""
+        """The mean of ``piece``, ``count`` examples of weight ``total``, over trees like params.
+
+        ``source`` is the model and the data that the piece was linearised at, for solvers that need
+        more than products.
+        """
         leaves, structure = jax.tree.flatten(params)
         shapes = tuple(jax.ShapeDtypeStruct(leaf.shape, leaf.dtype) for leaf in leaves)
         # A model in half precision sums over examples in half precision: neither a sum of large
         # terms nor terms divided by a large total beforehand would stay in its range, but terms
         # near 1 / sqrt(count) do. A power of two, so that nothing is rounded.
         scale = power_of_two(math.sqrt(count) / jnp.abs(total))
-        return cls(piece, total, scale, (structure, shapes), axis_name)
+        return cls(piece, total, scale, (structure, shapes), axis_name, source)
 
     @property
     def output(self) -> Array:

@@ -27,7 +27,7 @@ from fvp.numerics import (
     wide_dtype,
     widen,
 )
-from fvp.solvers import CGInfo, cg
+from fvp.solvers import CGInfo, cg, choose_solver, solve_exactly
 from fvp.transforms.options import CURVATURES, Data, Options, check_data
 from fvp.transforms.subset import has_masked_nodes
 from fvp.transforms.trying import divergence, moves, search_length, try_step
@@ -112,6 +112,7 @@ def _step(
     previous, l2 = state.direction, options.l2
     slope_of = gradient if l2 is None else tree_axpy(l2, cast_like(params, gradient), gradient)
     shift = 0.0 if l2 is None else l2
+    solver = choose_solver(operator) if options.solver == "auto" else options.solver
     control, metric = None, None
     if isinstance(options.rule, FixedDamping):
         strength = jnp.asarray(options.rule.at(state.count))
@@ -119,7 +120,8 @@ def _step(
         unit_gradient = unit(slope_of)
         rayleigh = lambda: operator.quadratic_form(unit_gradient) + shift
         control, strength = options.rule.observe(state.control, slope_of, previous, rayleigh)
-        metric = options.rule.metric(control)
+        # The exact solvers take damping I.
+        metric = options.rule.metric(control) if solver == "cg" else None
         if data.batch is None:
             strength = UNTRIED_DAMPING * strength
 
@@ -130,7 +132,11 @@ def _step(
         start = jax.tree.map(lambda d: (momentum * d).astype(d.dtype), previous)
     elif options.warm_start:
         start = jax.tree.map(lambda d: (WARM_START_DECAY * d).astype(d.dtype), previous)
-    solution, info = _solve(options, operator, rhs, strength, shift, metric, start)
+    if solver == "cg":
+        solution, info = _solve(options, operator, rhs, strength, shift, metric, start)
+    else:
+        targets = data.targets
+        solution, info = solve_exactly(solver, operator, rhs, strength + shift, targets)
     descent = jnp.isfinite(info.residual_norm) & (info.model_value < 0)
     curvature, damping_term = info.curvature, tree_vdot(solution, _damp(strength, metric, solution))
     if metric is not None:

@@ -14,6 +14,7 @@ from fvp.control.fixed import FixedDamping
 from fvp.curvature.operators import ModelFn
 from fvp.heads import Head
 from fvp.mesh import AxisName
+from fvp.solvers import SOLVERS
 from fvp.transforms.engine import build_transform
 from fvp.transforms.options import CURVATURES, Options
 from fvp.transforms.subset import OnSubset
@@ -31,6 +32,7 @@ def scale_by_fisher(
     *,
     damping: Damping = _DEFAULT_DAMPING,
     curvature: str = "fisher",
+    solver: str = "cg",
     maxiter: Any = 11,
     tol: ArrayLike = 0.01,
     warm_start: bool = False,
@@ -73,6 +75,11 @@ def scale_by_fisher(
       damping: multiple of the identity added to the curvature, a number or an optax schedule; or
         :class:`fvp.LevenbergMarquardt`, the default, which adapts it and rejects bad steps.
       curvature: "fisher", "ggn" or "empirical".
+      solver: "cg"; "dual", an exact solve in the space of examples x outputs
+        (:func:`fvp.solve_dual`; pass ``targets=`` to keep its digits at tiny damping); "dense", an
+        exact solve with the (P, P) matrix; or "auto", which takes "dual" where examples x outputs
+        are at most 4096 and fewer than the parameters, "dense" where the parameters are at most
+        1024, and else "cg".
       maxiter: most CG iterations.
       tol: CG stops at this relative residual.
       warm_start: start CG at 0.95 times the last solution; costs one product.
@@ -120,6 +127,7 @@ def scale_by_fisher(
         head,
         damping=damping,
         curvature=curvature,
+        solver=solver,
         maxiter=maxiter,
         tol=tol,
         warm_start=warm_start,
@@ -141,6 +149,7 @@ def natural_gradient(
     *,
     damping: Damping = _DEFAULT_DAMPING,
     curvature: str = "fisher",
+    solver: str = "cg",
     maxiter: Any = 11,
     tol: ArrayLike = 0.01,
     warm_start: bool = False,
@@ -161,6 +170,7 @@ def natural_gradient(
       head: see there.
       damping: see there.
       curvature: see there.
+      solver: see there.
       maxiter: see there.
       tol: see there.
       warm_start: see there.
@@ -182,6 +192,7 @@ def natural_gradient(
         head,
         damping=damping,
         curvature=curvature,
+        solver=solver,
         maxiter=maxiter,
         tol=tol,
         warm_start=warm_start,
@@ -211,6 +222,8 @@ def _transform(
     """Both transformations: the step is the direction itself, or -learning_rate times it."""
     if curvature not in CURVATURES:
         raise ValueError(f"curvature: expected one of {sorted(CURVATURES)}, got {curvature!r}.")
+    if options["solver"] not in SOLVERS:
+        raise ValueError(f"solver: expected one of {SOLVERS}, got {options['solver']!r}.")
     if isinstance(damping, (int, float)) and not damping >= 0:
         raise ValueError(f"damping: expected 0 or more, got {damping}.")
     if isinstance(momentum, str) and momentum != "quadratic":

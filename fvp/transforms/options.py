@@ -28,6 +28,7 @@ class Options:
     learning_rate: Any
     rule: FixedDamping | LevenbergMarquardt
     curvature: str
+    solver: str
     maxiter: Any
     tol: ArrayLike
     warm_start: bool

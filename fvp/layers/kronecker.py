@@ -1,0 +1,155 @@
+"""One block of a Kronecker-factored curvature, and its damped inverses."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax import Array
+
+from fvp.factorization import eigh_semidefinite, inverse_semidefinite
+from fvp.layers.products import einsum
+from fvp.layers.views import Layout
+
+DAMPING_RULES = ("exact", "pi", "factored")
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class KroneckerBlock:
+    """left x right on a weight W (groups, inputs, outputs): W -> left W right, group by group.
+
+    Attributes:
+      left: (G, I, I) second moment of the inputs; (G, I) of a lookup, whose inputs are one-hot.
+      right: (G, O, O) second moment of the output cotangents.
+      corrected: None, or for EK-FAC the second moment (G, I, O) of the per-example gradients in the
+        eigenbases of the factors, which ``bases`` then holds.
+      layouts: of the weight, and of the bias that is its last row of inputs, if it has one.
+    """
+
+    left: Array
+    right: Array
+    corrected: Any
+    bases: Any
+    layouts: tuple[Layout, ...] = dataclasses.field(metadata={"static": True})
+
+    def weight(self, leaves: list[Any]) -> Array:
+        """The weight (G, I, O) out of the leaves of a tree, the bias in its last row."""
+        parts = [layout.weight(leaves[layout.view.leaf]) for layout in self.layouts]
+        groups, _, outputs = parts[0].shape
+        parts[1:] = [part.reshape(groups, 1, outputs) for part in parts[1:]]
+        return jnp.concatenate(parts, axis=1)
+
+    def add(self, leaves: list[Any], weight: Array) -> None:
+        """Adds the weight (G, I, O) to the leaves it came from."""
+        inputs = self.layouts[0].shape[1]
+        parts = [weight[:, :inputs], weight[:, inputs:]]
+        for layout, part in zip(self.layouts, parts, strict=False):
+            leaves[layout.view.leaf] += layout.leaf(part.reshape(layout.shape))
+
+    def multiply(self, weight: Array) -> Array:
+        """Left W right."""
+        if self.corrected is not None:
+            left, right = self.bases
+            return EigenInverse(left, right, self.corrected).multiply(weight)
+        weight = einsum("gio,gop->gip", weight, self.right)
+        return _left_multiply(self.left, weight)
+
+    def eigenvalues(self) -> Array:
+        """(G, I, O): products of the eigenvalues of the factors, or the corrected ones."""
+        if self.corrected is not None:
+            return self.corrected
+        return self._eigen()[0]
+
+    def trace(self) -> Array:
+        """The trace of the block."""
+        if self.corrected is not None:
+            return jnp.sum(self.corrected)
+        left = self.left if self.left.ndim == 2 else jnp.diagonal(self.left, axis1=1, axis2=2)
+        right = jnp.diagonal(self.right, axis1=1, axis2=2)
+        return jnp.sum(left.sum(1) * right.sum(1))
+
+    def inverse(self, damping: Any, rule: str) -> Any:
+        """The damped inverse as a pytree with ``multiply``."""
+        if rule == "exact" or self.corrected is not None:
+            values, bases = self.corrected, self.bases
+            if values is None:
+                values, bases = self._eigen()
+            left, right = bases
+            return EigenInverse(left, right, 1 / (values + damping))
+        root = jnp.sqrt(jnp.asarray(damping, self.right.dtype))
+        split = self._split() if rule == "pi" else jnp.ones_like(self.right[:, 0, 0])
+        if self.left.ndim == 2:
+            left = 1 / (self.left + (split * root)[:, None])
+        else:
+            left = inverse_semidefinite(self.left, split * root)
+        return FactorInverse(left, inverse_semidefinite(self.right, root / split))
+
+    def _split(self) -> Array:
+        """Pi = sqrt(mean eigenvalue of left / mean eigenvalue of right), one per group."""
+        left = self.left if self.left.ndim == 2 else jnp.diagonal(self.left, axis1=1, axis2=2)
+        left, right = left.mean(1), jnp.diagonal(self.right, axis1=1, axis2=2).mean(1)
+        usable = (left > 0) & (right > 0) & jnp.isfinite(left) & jnp.isfinite(right)
+        ratio = jnp.where(usable, left, 1) / jnp.where(usable, right, 1)
+        return jnp.sqrt(ratio)
+
+    def eigenbases(self) -> tuple[Any, Array]:
+        """Eigenvectors of left (None for the identity) and of right."""
+        return self.bases if self.bases is not None else self._eigen()[1]
+
+    def _eigen(self) -> tuple[Array, tuple[Any, Array]]:
+        right, right_basis = eigh_semidefinite(self.right)
+        left_basis = None
+        if self.left.ndim == 2:
+            left = jnp.where(jnp.isfinite(self.left), self.left, 0)
+        else:
+            left, left_basis = eigh_semidefinite(self.left)
+        return left[:, :, None] * right[:, None, :], (left_basis, right_basis)
+
+
+def _left_multiply(left: Array, weight: Array) -> Array:
+    if left.ndim == 2:
+        return left[:, :, None] * weight
+    return einsum("gij,gjo->gio", left, weight)
+
+
+def rotated(left: Any, right: Array, weight: Array) -> Array:
+    """Q_left^T W Q_right; a left basis of None is the identity."""
+    weight = weight if left is None else einsum("gji,gjo->gio", left, weight)
+    return einsum("gio,gop->gip", weight, right)
+
+
+def rotated_back(left: Any, right: Array, weight: Array) -> Array:
+    """Q_left W Q_right^T."""
+    weight = weight if left is None else einsum("gij,gjo->gio", left, weight)
+    return einsum("gio,gpo->gip", weight, right)
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class EigenInverse:
+    """Q_left [ inverse * (Q_left^T W Q_right) ] Q_right^T."""
+
+    left: Any
+    right: Array
+    inverse: Array
+
+    def multiply(self, weight: Array) -> Array:
+        """The inverse times W."""
+        scaled = self.inverse * rotated(self.left, self.right, weight)
+        return rotated_back(self.left, self.right, scaled)
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class FactorInverse:
+    """left W right, of the inverses of damped factors."""
+
+    left: Array
+    right: Array
+
+    def multiply(self, weight: Array) -> Array:
+        """The inverse times W."""
+        return _left_multiply(self.left, einsum("gio,gop->gip", weight, self.right))

@@ -1,0 +1,88 @@
+"""What a capture did with each parameter, and errors where it could do nothing."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterator, Mapping
+
+from fvp.layers.capture import Capture
+from fvp.layers.uses import Use
+
+
+@dataclasses.dataclass(frozen=True)
+class Coverage:
+    """How each parameter is treated; prints as a table, and reads like a dictionary.
+
+    Attributes:
+      rows: (path, shape, treatment) of each parameter leaf.
+    """
+
+    rows: tuple[tuple[str, tuple[int, ...], str], ...]
+
+    def __getitem__(self, path: str) -> str:
+        for name, _, treatment in self.rows:
+            if name == path:
+                return treatment
+        raise KeyError(path)
+
+    def __iter__(self) -> Iterator[str]:
+        return (path for path, _, _ in self.rows)
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def __str__(self) -> str:
+        cells = [("parameter", "shape", "treatment")]
+        cells += [(path, str(shape), treatment) for path, shape, treatment in self.rows]
+        widths = [max(len(row[i]) for row in cells) for i in range(2)]
+        return "\n".join(f"{a:<{widths[0]}}  {b:<{widths[1]}}  {c}" for a, b, c in cells)
+
+
+def coverage_of(layers: Capture, unserved: Mapping[int, str] | None = None) -> Coverage:
+    """The uses found for each parameter, in words; ``unserved`` leaves have one row by row."""
+    rows, unserved = [], unserved or {}
+    for leaf, (path, shape) in enumerate(zip(layers.paths, layers.shapes, strict=True)):
+        lost = [use for use in layers.lost if use.view.leaf == leaf]
+        uses = [use for use in layers.uses if use.view.leaf == leaf]
+        if lost or leaf in unserved:
+            treatment = f"row by row: {unserved.get(leaf) or lost[0].primitive}"
+        elif layers.mixed is not None and uses:
+            treatment = f"row by row: {layers.mixed} mixes examples"
+        else:
+            treatment = " + ".join(_counted(layers, uses)) or "unused"
+        rows.append((path, shape.shape, treatment))
+    return Coverage(tuple(rows))
+
+
+def _counted(layers: Capture, uses: list[Use]) -> list[str]:
+    names = []
+    for use in uses:
+        owner = "" if use.joined is None else f" of {layers.paths[use.joined.view.leaf]}"
+        names.append(use.kind + owner)
+    unique = dict.fromkeys(names)
+    return [name if names.count(name) == 1 else f"{names.count(name)} {name}" for name in unique]
+
+
+def check_fallback(fallback: str | None) -> None:
+    """Raises unless ``fallback`` is one there is."""
+    if fallback not in (None, "per_example"):
+        raise ValueError(f'fallback: expected None or "per_example", got {fallback!r}.')
+
+
+def check_covered(layers: Capture, fallback: str | None) -> None:
+    """Raises where a parameter has a use without a layer rule and there is no fallback."""
+    if fallback is not None:
+        return
+    hint = 'pass fallback="per_example" to differentiate row by row instead'
+    if layers.mixed is not None:
+        raise ValueError(
+            f"model_fn: expected a model that treats the examples of the batch independently, but"
+            f" {layers.mixed!r} mixes them along the first axis, so that no parameter has a"
+            f" gradient for each example ({', '.join(layers.paths)}); {hint}."
+        )
+    for use in layers.lost:
+        raise ValueError(
+            f"{layers.paths[use.view.leaf]}: there is no layer rule for its use in"
+            f" {use.primitive!r}, on a value of shape {use.view.shape}; {hint}, or"
+            " move the operation out of model_fn."
+        )

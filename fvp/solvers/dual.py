@@ -1,0 +1,222 @@
+"""Damped solves in the space of examples x outputs (Woodbury)."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax import Array
+from jax.typing import ArrayLike
+
+from fvp.checks import check_like
+from fvp.compilation import compiled_when_eager
+from fvp.curvature.operator import CurvatureOperator
+from fvp.curvature.pieces import GaussNewtonPiece, apply_weights
+from fvp.factorization import solve_semidefinite
+from fvp.heads import Gaussian, Head, Sigmoid, Softmax
+from fvp.layers.capture import capture
+from fvp.layers.columns import metric_columns
+from fvp.layers.gram import gram_matrix
+from fvp.layers.rows import CHUNK, LayerRows, rows_of_capture
+from fvp.numerics import cast_like, tree_axpy, tree_vdot, tree_where, widen, widen_tree
+
+
+def solve_dual(
+    operator: CurvatureOperator, rhs: Any, damping: ArrayLike, *, targets: Any = None
+) -> Any:
+    r"""Solves (F + damping I) x = rhs exactly, through a matrix of examples x outputs.
+
+    With F = A^T A, one row of A for each example and column of S, S S^T = F_R,
+
+        x = (rhs - A^T (A A^T + damping I)^-1 A rhs) / damping,
+
+    refined once. A A^T comes from products of the inputs and cotangents of each layer
+    (:mod:`fvp.layers`), never from one backward pass per row; only parameters whose use has no
+    layer rule take that. The cost is that of the (rows, rows) matrix and its Cholesky
+    factorisation: choose it where rows = examples x outputs are fewer than the parameters, a few
+    thousand at most.
+
+    Args:
+      operator: from :func:`fvp.fisher`, :func:`fvp.ggn`, :func:`fvp.empirical_fisher` or
+        :func:`fvp.mc_fisher`, without ``chunk_size`` and ``axis_name``.
+      rhs: pytree like the parameters.
+      damping: positive number or scalar array; a vector of them solves for each, on a leading axis
+        of the result, at little more than the cost of one.
+      targets: the labels whose gradient ``rhs`` is. It then enters as A^T w, x = A^T (A A^T +
+        damping I)^-1 w, which keeps its digits however small the damping; ``rhs`` may still hold
+        more than that gradient.
+
+    Returns:
+      x, a pytree like ``rhs``.
+
+    Raises:
+      TypeError: for an operator that is not a sum of outer products, such as the Hessian.
+      ValueError: for a chunked operator, or a damping that is not positive.
+
+    Example:
+      >>> import jax.numpy as jnp, fvp
+      >>> x = jnp.array([[3.0, 4.0]])
+      >>> F = fvp.fisher(lambda w, x: x @ w, fvp.Gaussian(), jnp.zeros((2, 1)), x)
+      >>> print(fvp.solve_dual(F, jnp.array([[3.0], [4.0]]), 25.0))  # rhs / (25 + 25)
+      [[0.06]
+       [0.08]]
+
+    Reference:
+      Y. Ren, D. Goldfarb, Efficient subsampled Gauss-Newton and natural gradient methods for
+      training neural networks, 2019; A. Chen, M. Heyl, minSR, 2024.
+    """
+    if not isinstance(operator, CurvatureOperator):
+        raise TypeError(f"operator: expected one such as fvp.fisher(...), got {operator!r}.")
+    if not isinstance(operator.piece, GaussNewtonPiece):
+        kind = type(operator.piece).__name__
+        if kind == "ChunkedPiece":
+            raise ValueError("operator: solve_dual expects one built without chunk_size.")
+        raise TypeError(f"operator: solve_dual expects a Fisher or GGN, got one of a {kind}.")
+    if operator.axis_name is not None:
+        raise ValueError("operator: solve_dual expects one built without axis_name.")
+    if isinstance(damping, (int, float)) and not damping > 0:
+        raise ValueError(f"damping: solve_dual expects a positive number, got {damping}.")
+    rhs = check_like(rhs, operator._like(), "rhs", "params", cast=False)
+    return _solve(operator, rhs, jnp.asarray(damping), targets)
+
+
+@compiled_when_eager
+def _solve(operator: CurvatureOperator, rhs: Any, damping: Array, targets: Any) -> Any:
+    rows = ExampleRows.of(operator)
+    gram = rows.gram()
+    wide = widen_tree(rhs)
+    w = None if targets is None else rows.whitened(targets)
+    rest = wide
+    if w is not None:
+        rest = tree_axpy(-1, rows.transposed(w), wide)
+        # What is left by rounding is not divided by the damping.
+        level = 64 * jnp.finfo(gram.dtype).eps
+        noise = tree_vdot(rest, rest) <= level**2 * tree_vdot(wide, wide)
+        rest = tree_where(noise, jax.tree.map(jnp.zeros_like, rest), rest)
+
+    def at(damping: Array) -> Any:
+        def inner(w: Array) -> Array:
+            return solve_semidefinite(gram, damping, w.reshape(-1, 1)).reshape(w.shape)
+
+        def solve(b: Any) -> Any:
+            correction = rows.transposed(inner(rows.times(b)))
+            return jax.tree.map(lambda x: x / damping.astype(x.dtype), tree_axpy(-1, correction, b))
+
+        x = solve(rest)
+        if w is not None:
+            return cast_like(tree_axpy(1, rows.transposed(inner(w)), x), rhs)
+        # One step of refinement takes back what cancels in the difference above.
+        product = widen_tree(operator.mv(cast_like(x, operator._like())))
+        residual = tree_axpy(-1, product, tree_axpy(-damping, x, wide))
+        return cast_like(tree_axpy(1, solve(residual), x), rhs)
+
+    damping = damping.astype(gram.dtype)
+    return jax.lax.map(at, damping) if damping.ndim else at(damping)
+
+
+@dataclasses.dataclass(frozen=True)
+class ExampleRows:
+    """A, F = A^T A: a row for each column of the metric and example; lives inside one trace."""
+
+    operator: CurvatureOperator
+    captured: LayerRows
+    columns: Array  # (K, like z)
+
+    @classmethod
+    def of(cls, operator: CurvatureOperator) -> ExampleRows:
+        """The rows of ``operator``."""
+        piece, source = operator.piece, operator.source
+        batch_axes: Any = 0
+        if source.batch_axes is not None:
+            batch_axes = jax.tree.unflatten(jax.tree.structure(source.batch), source.batch_axes)
+        layers = capture(source.model_fn, piece.head, source.params, source.batch, batch_axes)
+        make = lambda separate: metric_columns(piece, operator.total, separate)
+        captured = rows_of_capture(layers, make)
+        return cls(operator, captured, captured.columns.all())
+
+    def times(self, v: Any) -> Array:
+        """A v, of shape (K, E)."""
+        v = cast_like(v, self.operator._like())
+        return self._dot(widen(self.operator.piece.linearization.jvp(v)))
+
+    def transposed(self, w: Array) -> Any:
+        """A^T w, in float32 or wider."""
+        output = self.operator.piece.output
+        u = jnp.sum(self.columns * self._spread(w), axis=0).astype(output.dtype)
+        return widen_tree(self.operator.piece.linearization.vjp(u))
+
+    def gram(self) -> Array:
+        """A A^T, (K E, K E)."""
+        lost = self.captured.lost
+        return gram_matrix(self.captured, self._plain_rows if lost else None)
+
+    def whitened(self, targets: Any) -> Array | None:
+        """The w with A^T w = the gradient of the loss at ``targets``, up to entries left at zero.
+
+        None where the columns are not those of S, or the head's S has no known inverse.
+        """
+        piece = self.operator.piece
+        if hasattr(piece.metric, "scores"):
+            return None
+        w = whitened_score(piece.head, piece.metric.z, targets)
+        if w is None:
+            return None
+        shares = self.captured.columns.shares
+        w = apply_weights(jnp.sqrt(shares), piece.head.event_ndim, w)
+        # The coefficient of a column is the entry of w where the unit vector behind it was one.
+        event = w.reshape(*shares.shape, -1)
+        separate, size = self.captured.separate, event.shape[-1]
+        order = [*separate, len(shares.shape), *self.captured.layers.examples]
+        rest = [axis for axis in range(event.ndim) if axis not in order]  # of length one
+        return event.transpose(*order, *rest).reshape(-1 if separate else size, self._examples())
+
+    def _examples(self) -> int:
+        return self.captured.shares.size
+
+    def _axes(self) -> tuple[list[int], list[int]]:
+        examples = list(self.captured.layers.examples)
+        others = [d for d in range(self.operator.piece.output.ndim) if d not in examples]
+        return examples, others
+
+    def _dot(self, u: Array) -> Array:
+        _, others = self._axes()
+        dots = jnp.sum(self.columns * u, axis=tuple(1 + d for d in others))
+        return dots.reshape(self.columns.shape[0], -1)
+
+    def _spread(self, w: Array) -> Array:
+        examples, _ = self._axes()
+        shape = [size if d in examples else 1 for d, size in enumerate(self.columns.shape[1:])]
+        return w.reshape(-1, *shape)
+
+    def _plain_rows(self, columns: Array) -> Array:
+        """(K, E, entries of the lost leaves), by one backward pass for each row."""
+        piece, examples = self.operator.piece, self._examples()
+
+        def row(index: Array) -> Array:
+            unit = (jnp.arange(columns.shape[0] * examples) == index).astype(columns.dtype)
+            w = unit.reshape(columns.shape[0], examples)
+            u = jnp.sum(columns * self._spread(w), axis=0).astype(piece.output.dtype)
+            leaves = jax.tree.leaves(piece.linearization.vjp(u))
+            return jnp.concatenate([widen(leaves[i]).ravel() for i in self.captured.lost])
+
+        count = columns.shape[0] * examples
+        size = max(1, CHUNK // sum(s.size for s in jax.tree.leaves(self.operator._like())))
+        rows = jax.lax.map(row, jnp.arange(count), batch_size=min(size, count))
+        return rows.reshape(columns.shape[0], examples, -1)
+
+
+def whitened_score(head: Head, z: Array, targets: Any) -> Array | None:
+    """The w with S w = -score(z, targets), of the shape of z; zero where S has no digits left."""
+    if isinstance(head, Gaussian):
+        return head.sqrt_fisher_transpose(z, z - jnp.asarray(targets).astype(z.dtype))
+    if isinstance(head, Softmax):
+        variance = head.mean(z)
+    elif isinstance(head, Sigmoid):
+        variance = head.fisher(z, jnp.ones_like(z))
+    else:
+        return None
+    usable = variance > jnp.finfo(z.dtype).tiny
+    root = jnp.sqrt(jnp.where(usable, variance, 1))
+    return jnp.where(usable, -head.score(z, targets) / root, 0)

@@ -1,0 +1,284 @@
+"""K-FAC as an optax transformation."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+from jax import Array
+from jax.typing import ArrayLike
+
+from fvp.checks import check_like, check_positive_int
+from fvp.compilation import compiled_when_eager
+from fvp.curvature import CurvatureOperator, fisher
+from fvp.curvature.pieces import apply_weights, weighted_nll
+from fvp.heads import Head
+from fvp.layers.kfac import KFAC, kfac
+from fvp.numerics import tree_axpy, tree_vdot, tree_where, widen, widen_tree
+
+ScalarOrSchedule = ArrayLike | Callable[[Array], ArrayLike]
+
+# Levenberg-Marquardt: damping falls after a step that the model foresaw, and rises after a bad one.
+_FALL, _RISE, _SMALLEST = 0.5, 4.0, 1e-8
+
+
+class KFACState(NamedTuple):
+    """State of :func:`scale_by_kfac`."""
+
+    count: Any  # int32 scalar, updates done
+    factors: Any  # KFAC, weighted sums of the factors so far; None without example_batch
+    weight: Array  # float32 scalar, the weight of those sums
+    inverse: Any  # KFACInverse in use; None without example_batch
+    last_step: Any  # like the parameters, the last update
+    damping: Array  # float32 scalar, of the next step where it adapts, else of the last
+    predicted_kl: Array  # float32 scalar, 1/2 d^T F d of the last step d
+    accepted: Array  # bool scalar; a step that was not is zeros
+
+
+def scale_by_kfac(
+    model_fn: Callable[[Any, Any], Array],
+    head: Head,
+    *,
+    damping: ScalarOrSchedule | None = None,
+    initial_damping: float = 0.1,
+    example_batch: Any = None,
+    decay: float = 0.95,
+    factor_period: int = 1,
+    inverse_period: int = 1,
+    rule: str = "exact",
+    weight_sharing: str = "expand",
+    num_samples: int | None = 1,
+    seed: int = 0,
+    momentum: bool = True,
+    max_kl: float | None = None,
+    batch_axes: Any = 0,
+    fallback: str | None = None,
+) -> optax.GradientTransformationExtraArgs:
+    r"""Multiplies the gradient by the inverse of the damped Kronecker-factored Fisher.
+
+    Un-negated, like ``optax.scale_by_adam``. The length of the step, and that of the last step
+    added to it, minimise the quadratic model of the loss with the exact Fisher of the batch, over
+    both at once; that costs two JVPs. The gradient must be that of the mean loss over the same
+    batch and weights.
+
+    ``update`` takes ``params`` and the keywords ``batch``, ``weights`` and ``targets``; others are
+    ignored. Where anything is not finite or, with ``damping=None``, the loss does not fall, the
+    update is zeros and ``accepted`` in the state is False.
+
+    Args:
+      model_fn: pure function ``model_fn(params, batch) -> z``.
+      head: output distribution, such as ``fvp.Softmax()``.
+      damping: multiple of the identity added to the factored and to the exact Fisher: a number or
+        an optax schedule. None adapts it by the reduction of the loss on the batch, compared with
+        that of the quadratic model (Levenberg-Marquardt); ``update`` then needs ``targets=``.
+      initial_damping: where the adaptation starts.
+      example_batch: a batch, or a tree of ``jax.ShapeDtypeStruct`` like one, from which ``init``
+        knows the layers. With it the factors are averages over steps; without it they are those of
+        each step's batch.
+      decay: of those averages, which carry their weight: the first steps are not biased.
+      factor_period: steps between two updates of the averages.
+      inverse_period: steps between two inversions of them.
+      rule: how damping enters the factors, see :meth:`fvp.KFAC.inverse`.
+      weight_sharing: "expand" or "reduce", see :func:`fvp.kfac`.
+      num_samples: labels drawn from the model for each example, for Monte Carlo factors at the cost
+        of that many backward passes; None takes exact ones, with one for each column of S.
+      seed: of those draws, with the number of the step.
+      momentum: whether the last step takes part in the quadratic model.
+      max_kl: most predicted KL divergence, 1/2 d^T F d, of a step d; longer ones are shortened.
+      batch_axes: where the example axis of each leaf of ``batch`` is.
+      fallback: see :func:`fvp.kfac`.
+
+    Returns:
+      An ``optax.GradientTransformationExtraArgs``; diagnostics are in its state.
+
+    Example:
+      >>> import jax, jax.numpy as jnp, fvp
+      >>> model = lambda w, x: x @ w
+      >>> x, y = jnp.eye(2), jnp.array([[1.0], [2.0]])
+      >>> tx = fvp.scale_by_kfac(model, fvp.Gaussian(), damping=0.0)
+      >>> w = jnp.zeros((2, 1))
+      >>> grad = jax.grad(lambda w: fvp.Gaussian().nll(model(w, x), y).mean())(w)
+      >>> direction, state = tx.update(grad, tx.init(w), w, batch=x)
+      >>> print(jnp.round(w - direction, 4))  # least squares, solved in one step
+      [[1.]
+       [2.]]
+
+    Reference:
+      J. Martens, R. Grosse, Optimizing neural networks with Kronecker-factored approximate
+      curvature, 2015.
+    """
+    check_positive_int(factor_period, "factor_period")
+    check_positive_int(inverse_period, "inverse_period")
+    adaptive = damping is None
+    if example_batch is None and (factor_period > 1 or inverse_period > 1):
+        raise ValueError(
+            "example_batch: factor_period and inverse_period keep factors between steps, and init"
+            " must know their shapes; pass a batch, or jax.ShapeDtypeStructs like one."
+        )
+
+    def factor(params: Any, batch: Any, weights: Any, count: Any) -> KFAC:
+        key = None
+        if num_samples is not None:
+            key = jax.random.fold_in(jax.random.key(seed), count)
+        return kfac(
+            model_fn,
+            head,
+            params,
+            batch,
+            weights=weights,
+            key=key,
+            num_samples=num_samples or 1,
+            weight_sharing=weight_sharing,
+            batch_axes=batch_axes,
+            fallback=fallback,
+        )
+
+    def init(params: Any) -> KFACState:
+        factors = inverse = None
+        if example_batch is not None:
+            shapes = jax.eval_shape(lambda p, b: factor(p, b, None, 0), params, example_batch)
+            zeros = lambda tree: jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), tree)
+            factors = zeros(shapes)
+            inverse = zeros(jax.eval_shape(lambda k: k.inverse(jnp.float32(1), rule=rule), shapes))
+        return KFACState(
+            count=jnp.zeros((), jnp.int32),
+            factors=factors,
+            weight=jnp.zeros((), jnp.float32),
+            inverse=inverse,
+            last_step=optax.tree.zeros_like(params),
+            damping=jnp.asarray(initial_damping, jnp.float32),
+            predicted_kl=jnp.zeros((), jnp.float32),
+            accepted=jnp.zeros((), jnp.bool_),
+        )
+
+    def refreshed(state: KFACState, params: Any, data: Any, strength: Array) -> Any:
+        """Sums of factors, their weight, and the inverse to use now."""
+        batch, _, weights = data
+        if state.factors is None:
+            now = factor(params, batch, weights, state.count)
+            return None, state.weight, now.inverse(strength, rule=rule), None
+
+        def add(operands: Any) -> Any:
+            factors, weight = operands
+            now = factor(params, batch, weights, state.count)
+            summed = jax.tree.map(lambda a, b: decay * a + b.astype(a.dtype), factors, now)
+            return summed, decay * weight + 1
+
+        due = state.count % factor_period == 0
+        operands = (state.factors, state.weight)
+        factors, weight = jax.lax.cond(due, add, lambda operands: operands, operands)
+
+        def invert(_: Any) -> Any:
+            mean = jax.tree.map(lambda x: x / weight.astype(x.dtype), factors)
+            return mean.inverse(strength, rule=rule)
+
+        due = state.count % inverse_period == 0
+        inverse = jax.lax.cond(due, invert, lambda _: state.inverse, None)
+        return factors, weight, inverse, inverse
+
+    @compiled_when_eager
+    def step(gradient: Any, state: KFACState, params: Any, data: Any) -> Any:
+        batch, targets, weights = data
+        strength = state.damping
+        if damping is not None:
+            value = damping(state.count) if callable(damping) else damping
+            strength = jnp.asarray(value, jnp.float32)
+        factors, weight, inverse, kept = refreshed(state, params, data, strength)
+        exact = fisher(model_fn, head, params, batch, weights=weights)
+        direction = inverse.mv(gradient)
+        last = state.last_step if momentum else None
+        chosen, curvature, slope = best_step(exact, gradient, direction, last, strength)
+        scale = jnp.ones(())
+        if max_kl is not None:
+            scale = jnp.sqrt(jnp.minimum(1.0, 2 * max_kl / jnp.maximum(curvature, 1e-30)))
+            chosen = jax.tree.map(lambda x: (scale * x).astype(x.dtype), chosen)
+        curvature, slope = scale**2 * curvature, scale * slope
+        accepted = jnp.isfinite(curvature) & (slope > 0)
+        for leaf in jax.tree.leaves(chosen):
+            accepted &= jnp.all(jnp.isfinite(leaf))
+        if adaptive:
+            before = mean_loss(exact, exact.output, targets)
+            after = mean_loss(
+                exact, model_fn(jax.tree.map(jnp.subtract, params, chosen), batch), targets
+            )
+            fell = (before - after) / (slope - 0.5 * curvature)
+            accepted &= jnp.isfinite(after) & (after < before)
+            factor_ = jnp.where(fell > 0.75, _FALL, jnp.where(fell < 0.25, 2.0, 1.0))
+            strength = jnp.maximum(strength * jnp.where(accepted, factor_, _RISE), _SMALLEST)
+        zeros = jax.tree.map(jnp.zeros_like, chosen)
+        chosen = tree_where(accepted, chosen, zeros)
+        return chosen, KFACState(
+            count=optax.safe_increment(state.count),
+            factors=factors,
+            weight=weight,
+            inverse=kept,
+            last_step=jax.tree.map(lambda x, y: x.astype(y.dtype), chosen, state.last_step),
+            damping=strength.astype(jnp.float32),
+            predicted_kl=jnp.where(accepted, 0.5 * curvature, 0).astype(jnp.float32),
+            accepted=accepted,
+        )
+
+    def update(
+        updates: Any,
+        state: KFACState,
+        params: Any = None,
+        *,
+        batch: Any = None,
+        targets: Any = None,
+        weights: Any = None,
+        **extra_args: Any,
+    ) -> tuple[Any, KFACState]:
+        del extra_args
+        if params is None:
+            raise ValueError("params: expected the parameters, got None; tx.update(g, s, params).")
+        if batch is None:
+            raise ValueError("batch: expected what model_fn reads, got None; pass batch=.")
+        if adaptive and targets is None:
+            raise ValueError("targets: damping=None adapts to the loss; pass targets= or a number.")
+        gradient = check_like(updates, params, "updates", "params", cast=False)
+        return step(gradient, state, params, (batch, targets, weights))
+
+    return optax.GradientTransformationExtraArgs(init, update)  # pyright: ignore[reportArgumentType]
+
+
+def mean_loss(operator: CurvatureOperator, z: Array, targets: Any) -> Array:
+    """The mean loss of the operator's examples at the outputs ``z``."""
+    piece = operator.piece
+    return weighted_nll(piece.head, z, targets, piece.weights) / operator.total
+
+
+def best_step(
+    operator: CurvatureOperator, gradient: Any, direction: Any, last: Any, damping: Array
+) -> tuple[Any, Array, Array]:
+    """The step a direction + m last that minimises the quadratic model; it is to be subtracted.
+
+    Returns the step d, d^T F d and gradient^T d. The 2 x 2 system of Martens and Grosse (2015),
+    section 7, from one JVP for each vector: S^T J v has all the products.
+    """
+    vectors = [direction] if last is None else [direction, last]
+    piece = operator.piece
+    images = [piece.linearization.jvp(v) for v in vectors]
+    metric = [piece.metric(widen(u)) for u in images]
+
+    def weighted(u: Array, h: Array) -> Array:
+        rows = apply_weights(piece.weights, piece.head.event_ndim, widen(u) * h)
+        return jnp.sum(rows) / operator.total
+
+    matrix = jnp.stack([jnp.stack([weighted(u, h) for h in metric]) for u in images])
+    slopes = jnp.stack([tree_vdot(gradient, v) for v in vectors]).astype(matrix.dtype)
+    inner = jnp.stack([jnp.stack([tree_vdot(v, w) for w in vectors]) for v in vectors])
+    damped = matrix + damping.astype(matrix.dtype) * inner.astype(matrix.dtype)
+    # Scaled to a unit diagonal: the vectors differ by orders of magnitude, and the last may be 0.
+    scale = jnp.sqrt(jnp.diagonal(damped))
+    inverse = jnp.where(scale > 0, 1 / jnp.where(scale > 0, scale, 1), 0)
+    unit = damped * inverse[:, None] * inverse[None] + jnp.diag((scale <= 0) * 1.0)
+    unit += 1e-6 * jnp.eye(len(vectors), dtype=unit.dtype)
+    weights = inverse * jnp.linalg.solve(unit, inverse * slopes)
+    step = jax.tree.map(jnp.zeros_like, widen_tree(direction))
+    for i, v in enumerate(vectors):
+        step = tree_axpy(weights[i], widen_tree(v), step)
+    step = jax.tree.map(lambda x, y: x.astype(y.dtype), step, gradient)
+    return step, weights @ matrix @ weights, weights @ slopes

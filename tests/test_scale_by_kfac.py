@@ -1,0 +1,159 @@
+"""K-FAC as an optax transformation."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from dense import relative_error
+from models import affine, layer, normal
+from sklearn.datasets import load_digits
+from test_fisher_diagonal import gradient_flops, wide_mlp
+
+import fvp
+
+HEAD = fvp.Softmax()
+
+
+@functools.cache
+def digits():
+    images, labels = load_digits(return_X_y=True)
+    return jnp.asarray(images / 8 - 1, jnp.float32), jnp.asarray(labels)
+
+
+def tanh_mlp(params, x):
+    for p in params[:-1]:
+        x = jnp.tanh(affine(p, x))
+    return affine(params[-1], x)
+
+
+def small():
+    rng = np.random.default_rng(0)
+    params = [layer(rng, 4, 5), layer(rng, 5, 3)]
+    return params, normal(rng, 8, 4), jnp.asarray(rng.integers(0, 3, 8))
+
+
+def loss(params, x, y):
+    return HEAD.nll(tanh_mlp(params, x), y).mean()
+
+
+def train(tx, params, x, y, steps):
+    @jax.jit
+    def step(params, state):
+        gradient = jax.grad(loss)(params, x, y)
+        updates, state = tx.update(gradient, state, params, batch=x, targets=y)
+        return jax.tree.map(jnp.subtract, params, updates), state
+
+    state, losses = tx.init(params), []
+    for _ in range(steps):
+        params, state = step(params, state)
+        losses.append(float(loss(params, x, y)))
+    return losses, state
+
+
+def test_defaults_train_digits_as_the_best_peer_tuned():
+    """kfac-jax at its best damping: 1.1e-2 after 10 steps and 4.5e-4 after 20."""
+    rng = np.random.default_rng(0)
+    params = jax.tree.map(jnp.float32, [layer(rng, 64, 128), layer(rng, 128, 10)])
+    losses, _ = train(fvp.scale_by_kfac(tanh_mlp, HEAD), params, *digits(), 20)
+    assert losses[9] <= 1.1e-2
+    assert losses[19] <= 4.5e-4
+    assert np.all(np.diff(losses) <= 0)
+
+
+def test_one_step_solves_least_squares():
+    rng = np.random.default_rng(0)
+    params, x, y = layer(rng, 4, 2), normal(rng, 9, 4), normal(rng, 9, 2)
+    head = fvp.Gaussian()
+    tx = fvp.scale_by_kfac(affine, head, damping=0.0)
+    gradient = jax.grad(lambda p: head.nll(affine(p, x), y).mean())(params)
+    update, _ = tx.update(gradient, tx.init(params), params, batch=x)
+    solved = jax.tree.map(jnp.subtract, params, update)
+    left = jax.grad(lambda p: head.nll(affine(p, x), y).mean())(solved)
+    assert optax.tree.norm(left) < 1e-5 * optax.tree.norm(gradient)
+
+
+def test_averages_carry_their_weight():
+    params, x, y = small()
+    gradient = jax.grad(loss)(params, x, y)
+    tx = fvp.scale_by_kfac(tanh_mlp, HEAD, damping=0.1, example_batch=x, num_samples=None)
+    state = tx.init(params)
+    _, state = tx.update(gradient, state, params, batch=x)
+    _, state = tx.update(gradient, state, params, batch=2 * x)
+    once, twice = (fvp.kfac(tanh_mlp, HEAD, params, b) for b in (x, 2 * x))
+    mean = jax.tree.map(lambda a, b: (0.95 * a + b) / 1.95, once, twice)
+    actual = jax.tree.map(lambda a: a / state.weight, state.factors)
+    assert relative_error(actual, mean) < 1e-6
+
+
+def test_state_is_fixed_under_scan_and_inverses_wait_their_turn():
+    params, x, y = small()
+    options = {"factor_period": 2, "inverse_period": 3, "example_batch": x}
+    tx = fvp.scale_by_kfac(tanh_mlp, HEAD, **options)
+
+    def step(carry, _):
+        params, state = carry
+        gradient = jax.grad(loss)(params, x, y)
+        updates, state = tx.update(gradient, state, params, batch=x, targets=y)
+        params = jax.tree.map(jnp.subtract, params, updates)
+        return (params, state), (loss(params, x, y), state.weight, state.inverse.damping)
+
+    _, (losses, weights, damping) = jax.jit(
+        lambda: jax.lax.scan(step, (params, tx.init(params)), length=8)
+    )()
+    assert losses[-1] < 0.3 * loss(params, x, y)
+    assert weights[0] == weights[1] != weights[2] == weights[3]
+    assert damping[0] == damping[1] == damping[2] != damping[3] == damping[5]
+
+
+def test_a_step_that_does_not_lower_the_loss_is_rejected():
+    params, x, y = small()
+    gradient = jax.tree.map(jnp.negative, jax.grad(loss)(params, x, y))
+    tx = fvp.scale_by_kfac(tanh_mlp, HEAD)
+    update, state = tx.update(gradient, tx.init(params), params, batch=x, targets=y)
+    assert not state.accepted
+    assert optax.tree.norm(update) == 0
+    assert state.damping > 0.1
+    broken = jax.tree.map(lambda g: g * jnp.nan, gradient)
+    update, state = tx.update(broken, state, params, batch=x, targets=y)
+    assert not state.accepted
+    assert optax.tree.norm(update) == 0
+
+
+def test_the_predicted_divergence_is_bounded():
+    params, x, y = small()
+    gradient = jax.grad(loss)(params, x, y)
+    tx = fvp.scale_by_kfac(tanh_mlp, HEAD, damping=1e-3, max_kl=1e-4)
+    update, state = tx.update(gradient, tx.init(params), params, batch=x)
+    form = fvp.fisher(tanh_mlp, HEAD, params, x).quadratic_form(update)
+    assert relative_error(0.5 * form, jnp.asarray(1e-4)) < 1e-4
+    assert relative_error(state.predicted_kl, jnp.asarray(1e-4)) < 1e-4
+
+
+def test_missing_arguments_are_named():
+    params, x, _ = small()
+    tx = fvp.scale_by_kfac(tanh_mlp, HEAD)
+    with pytest.raises(ValueError, match="batch"):
+        tx.update(params, tx.init(params), params)
+    with pytest.raises(ValueError, match="targets"):
+        tx.update(params, tx.init(params), params, batch=x)
+    with pytest.raises(ValueError, match="example_batch"):
+        fvp.scale_by_kfac(tanh_mlp, HEAD, inverse_period=10)
+
+
+def step_flops(**options):
+    model_fn, params, x = wide_mlp()
+    tx = fvp.scale_by_kfac(model_fn, HEAD, **options)
+    y = jnp.zeros(256, jnp.int32)
+
+    def step(params, x):
+        return tx.update(params, tx.init(params), params, batch=x, targets=y)
+
+    return jax.jit(step).lower(params, x).compile().cost_analysis()["flops"]
+
+
+def test_costs_at_most_eight_gradients_and_twelve_with_exact_factors():
+    assert step_flops() <= 8 * gradient_flops()
+    assert step_flops(num_samples=None) <= 12 * gradient_flops()

@@ -1,0 +1,144 @@
+"""The solve in example space equals the dense damped solve, in float64."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from dense import CASES, mlp, parameters, reference, relative_error
+from jax.flatten_util import ravel_pytree
+from models import MODELS
+from test_fisher_diagonal import gradient_flops, wide_mlp
+from test_models import dense, problem
+
+import fvp
+
+
+def solution(matrix, rhs, damping):
+    flat, unravel = ravel_pytree(rhs)
+    return unravel(jnp.linalg.solve(matrix + damping * jnp.eye(flat.size), flat))
+
+
+@pytest.mark.parametrize("case", CASES.values(), ids=CASES)
+def test_every_head_with_weights_and_masks(case):
+    rng = np.random.default_rng(0)
+    model_fn, params = mlp(case.event_shape), parameters(rng, case.size)
+    x = jnp.asarray(rng.normal(size=(3, 2, 2)))
+    targets = case.targets(rng, (3, 2))
+    weights = jnp.asarray(rng.uniform(size=(3, 2))).at[0, 1].set(0)
+    expected = reference(case, model_fn, params, x, targets, weights)
+
+    @jax.jit
+    def solve(params):
+        operator = fvp.fisher(model_fn, case.head, params, x, weights=weights)
+        _, gradient = operator.value_and_grad(targets)
+        whitened = fvp.solve_dual(operator, gradient, 1e-3, targets=targets)
+        return gradient, whitened, fvp.solve_dual(operator, params, 1e-3)
+
+    gradient, whitened, general = solve(params)
+    assert relative_error(general, solution(expected["fisher"], params, 1e-3)) < 1e-9
+    assert relative_error(whitened, solution(expected["fisher"], gradient, 1e-3)) < 1e-9
+
+
+@pytest.mark.parametrize(
+    "name",
+    ["mlp_with_custom_vjp", "mixture_of_experts", "pde_residual", "resnet_block", "transformer"],
+)
+def test_architectures(name):
+    model_fn, params, batch, _, weights = problem(name)
+    operator = fvp.fisher(model_fn, MODELS[name].case.head, params, batch, weights=weights)
+    actual = fvp.solve_dual(operator, params, 1e-3)
+    expected = solution(dense(name)[1]["fisher"], params, 1e-3)
+    assert relative_error(actual, expected) < 1e-9
+
+
+@pytest.mark.parametrize("curvature", ["ggn", "empirical_fisher", "mc_fisher"])
+def test_other_curvatures(build, curvature):
+    case, rng = CASES["softmax"], np.random.default_rng(0)
+    model_fn, params, x = mlp((3,)), parameters(rng, 3), jnp.asarray(rng.normal(size=(4, 2)))
+    targets, key = case.targets(rng, (4,)), jax.random.key(0)
+    operator = build(curvature, model_fn, case.head, params, x, targets, key)
+    expected = solution(operator.dense(), params, 1e-3)
+    assert relative_error(fvp.solve_dual(operator, params, 1e-3), expected) < 1e-9
+
+
+def test_a_use_without_a_layer_rule_takes_its_rows_one_by_one():
+    rng = np.random.default_rng(0)
+    params = {"strange": jnp.asarray(0.3 * rng.normal(size=(3, 3))), "w": jnp.ones((3, 2))}
+    model_fn = lambda p, x: jnp.tanh(x @ jnp.sin(p["strange"])) @ p["w"]
+    x = jnp.asarray(rng.normal(size=(4, 3)))
+    operator = fvp.fisher(model_fn, fvp.Softmax(), params, x)
+    expected = solution(operator.dense(), params, 1e-3)
+    assert relative_error(fvp.solve_dual(operator, params, 1e-3), expected) < 1e-9
+
+
+def test_the_gradient_keeps_its_digits_at_tiny_damping():
+    """Reference: the singular values of the whitened rows, where nothing cancels."""
+    rng = np.random.default_rng(0)
+    x, y = jnp.asarray(rng.normal(size=(3, 8))), jnp.asarray(rng.normal(size=(3, 2)))
+    params = jnp.asarray(rng.normal(size=(8, 2)))
+    operator = fvp.fisher(lambda w, x: x @ w, fvp.Gaussian(), params, x)
+    _, gradient = operator.value_and_grad(y)
+    actual = fvp.solve_dual(operator, gradient, 1e-12, targets=y)
+    left, values, right = np.linalg.svd(np.asarray(x) / np.sqrt(3), full_matrices=False)
+    shrunk = (values / (values**2 + 1e-12))[:, None]
+    expected = right.T @ (shrunk * (left.T @ np.asarray(x @ params - y) / np.sqrt(3)))
+    assert relative_error(actual, jnp.asarray(expected)) < 1e-9
+
+
+@pytest.mark.parametrize("logit", [30.0, 1e4])
+def test_probabilities_that_vanish_do_not_blow_up(logit):
+    x = jnp.eye(2)
+    params = jnp.array([[logit, 0.0, -logit], [0.5, 0.1, 0.0]])
+    operator = fvp.fisher(lambda w, x: x @ w, fvp.Softmax(), params, x)
+    targets = jnp.array([2, 0])
+    _, gradient = operator.value_and_grad(targets)
+    actual = fvp.solve_dual(operator, gradient, 1e-2, targets=targets)
+    assert relative_error(actual, solution(operator.dense(), gradient, 1e-2)) < 1e-9
+
+
+def test_wrong_operators_and_dampings_are_named():
+    x, params = jnp.ones((4, 3)), jnp.ones((3, 2))
+    model_fn = lambda w, x: x @ w
+    with pytest.raises(ValueError, match="chunk_size"):
+        fvp.solve_dual(fvp.fisher(model_fn, fvp.Gaussian(), params, x, chunk_size=2), params, 1.0)
+    with pytest.raises(ValueError, match="damping"):
+        fvp.solve_dual(fvp.fisher(model_fn, fvp.Gaussian(), params, x), params, 0.0)
+    hessian = fvp.hessian(model_fn, fvp.Gaussian(), params, x, jnp.ones((4, 2)))
+    with pytest.raises(TypeError, match="Fisher or GGN"):
+        fvp.solve_dual(hessian, params, 1.0)
+
+
+def test_costs_at_most_sixty_gradients_and_a_gibibyte():
+    model_fn, params, x = wide_mlp()
+
+    def solve(params, x):
+        return fvp.solve_dual(fvp.fisher(model_fn, fvp.Softmax(), params, x), params, 1e-3)
+
+    compiled = jax.jit(solve).lower(params, x).compile()
+    assert compiled.memory_analysis().temp_size_in_bytes < 2**30
+    assert compiled.cost_analysis()["flops"] <= 60 * gradient_flops()
+
+
+@pytest.mark.parametrize("solver", ["dual", "dense", "auto"])
+def test_scale_by_fisher_takes_the_exact_step(solver):
+    case, rng = CASES["softmax"], np.random.default_rng(0)
+    model_fn, params, x = mlp((3,)), parameters(rng, 3), jnp.asarray(rng.normal(size=(4, 2)))
+    targets = case.targets(rng, (4,))
+    operator = fvp.fisher(model_fn, case.head, params, x)
+    _, gradient = operator.value_and_grad(targets)
+    tx = fvp.scale_by_fisher(model_fn, case.head, damping=1e-2, solver=solver)
+    update, state = jax.jit(lambda g: tx.update(g, tx.init(params), params, batch=x))(gradient)
+    assert relative_error(update, solution(operator.dense(), gradient, 1e-2)) < 1e-9
+    assert state.accepted
+    assert state.residual_norm < 1e-10
+
+
+def test_the_solver_is_chosen_by_shape():
+    def choose(count, width):
+        w, x = jnp.ones((width, 2)), jnp.ones((count, width))
+        return fvp.solvers.choose_solver(fvp.fisher(lambda w, x: x @ w, fvp.Gaussian(), w, x))
+
+    assert choose(5, 10) == "dual"
+    assert choose(50, 10) == "dense"
+    assert choose(500, 600) == "dual"
+    assert choose(2500, 600) == "cg"
