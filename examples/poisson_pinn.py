@@ -85,7 +85,8 @@ def make_step(head):
         best = jnp.nanargmin(losses)
         size = jnp.where(losses[best] < now, sizes[best], 0)
         # Long steps show that the model of the loss holds: damp less; short ones that it does not.
-        damping *= jnp.where(size >= 0.25, 0.3, jnp.where(size <= 0.05, 4.0, 1.0))
+        shrink = jnp.where(size >= 1, 0.3, jnp.where(size >= 0.5, 0.7, 1))
+        damping *= jnp.where(size <= 0.125, 2, shrink)
         return moved(size), jnp.maximum(damping, 1e-16), jnp.where(size > 0, losses[best], now)
 
     return step

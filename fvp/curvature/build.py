@@ -90,8 +90,10 @@ def build_operator(
         )
     params = to_local(check_inexact_tree(params, "params"), axis_name, "params")
     if chunk_size is None:
-        # The axes are not needed for products: 0 stands for what an unfitting leaf may not have.
-        axes = None if batch_axes == 0 else _leaf_axes(batch, batch_axes)
+        # Products need no axes, so that 0 may stand for what a leaf lacks, and inject_hyperparams
+        # may have made an array of it.
+        default = isinstance(batch_axes, jax.Array) or batch_axes == 0
+        axes = None if default else _leaf_axes(batch, batch_axes)
         return _build_whole(make_piece, model_fn, axis_name, axes, head, params, batch, examples)
     check_positive_int(chunk_size, "chunk_size")
     axes = _leaf_axes(batch, batch_axes)
