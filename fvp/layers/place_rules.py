@@ -50,11 +50,11 @@ def _names(text: str) -> frozenset[str]:
 ELEMENTWISE = _names(
     """abs acos acosh add add_any and asin asinh atan atan2 atanh bessel_i0e bessel_i1e
     bitcast_convert_type cbrt ceil clamp conj convert_element_type copy copy_p cos cosh digamma div
-    eq erf erf_inv erfc exp exp2 expm1 floor ge gt igamma igammac imag integer_pow is_finite le lgamma log log1p logistic lt max
-    min mul name ne neg nextafter not or optimization_barrier population_count pow pvary real
-    reduce_precision rem round rsqrt select_n sharding_constraint shift_left
-    shift_right_arithmetic shift_right_logical sign sin sinh sqrt square stop_gradient sub tan tanh
-    xor"""
+    eq erf erf_inv erfc exp exp2 expm1 floor ge gt igamma igammac imag integer_pow is_finite le
+    lgamma log log1p logistic lt max min mul name ne neg nextafter not optimization_barrier or
+    population_count pow pvary real reduce_precision rem round rsqrt select_n sharding_constraint
+    shift_left shift_right_arithmetic shift_right_logical sign sin sinh sqrt square stop_gradient
+    sub tan tanh xor"""
 )
 _REDUCTIONS = _names(
     """reduce_sum reduce_max reduce_min reduce_prod reduce_and reduce_or argmax argmin"""
