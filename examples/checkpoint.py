@@ -24,7 +24,7 @@ def model_fn(params, x):
     return jnp.tanh(x @ params["hidden"]) @ params["out"]
 
 
-tx = fvp.natural_gradient(1.0, model_fn, fvp.Softmax(), damping=0.1, warm_start=True)
+tx = fvp.natural_gradient(1.0, model_fn, fvp.Softmax())
 
 
 def init_params():
@@ -42,7 +42,14 @@ def train(run, steps, batch, targets):
     def step(run):
         operator = fvp.fisher(model_fn, fvp.Softmax(), run["params"], batch)
         _, gradient = operator.value_and_grad(targets)
-        updates, state = tx.update(gradient, run["state"], run["params"], operator=operator)
+        updates, state = tx.update(
+            gradient,
+            run["state"],
+            run["params"],
+            operator=operator,
+            batch=batch,
+            targets=targets,
+        )
         return {"params": optax.apply_updates(run["params"], updates), "state": state}
 
     for _ in range(steps):

@@ -108,7 +108,7 @@ def main():
     parser.add_argument("--model", choices=("mlp", "cnn"), default="mlp")
     parser.add_argument("--batch-size", type=int, default=0, help="0 is the full batch")
     parser.add_argument("--learning-rate", type=float, default=1.0, help="of the natural gradient")
-    parser.add_argument("--damping", type=float, default=0.1, help="at the first step")
+    parser.add_argument("--damping", type=float, help="a constant one; adaptive if not given")
     parser.add_argument("--steps", type=int, default=50, help="of the natural gradient")
     parser.add_argument("--seed", type=int, default=0, help="of the weights and the batches")
     parser.add_argument("--output", type=Path, default=Path("out/digits.png"), help="picture")
@@ -131,19 +131,19 @@ def main():
     train_loss = lambda params: loss(params, images, labels)
     accuracy = jax.jit(lambda params, x, y: (model_fn(params, x).argmax(-1) == y).mean())
 
-    # Far from the minimum the quadratic model holds for short steps only, so damping starts high
-    # and falls with the loss. The noise of mini-batches does not fall, and keeps it up.
-    floor = args.damping * (0.5 if args.batch_size else 1e-3)
-    damping = optax.exponential_decay(args.damping, 1, decay_rate=0.85, end_value=floor)
+    damping = fvp.LevenbergMarquardt() if args.damping is None else args.damping
     natural_gradient = fvp.natural_gradient(args.learning_rate, model_fn, head, damping=damping)
     adam_learning_rate = ADAM_LEARNING_RATE[args.model]
     adam = optax.adam(adam_learning_rate)
 
     def natural_gradient_step(params, state, images, labels):
-        # Gradient and curvature share one linearisation of the model.
+        # Gradient and curvature share one linearisation of the model; batch and targets are there
+        # to try the step on the loss.
         fisher = fvp.fisher(model_fn, head, params, images)
         _, gradient = fisher.value_and_grad(labels)
-        updates, state = natural_gradient.update(gradient, state, params, operator=fisher)
+        updates, state = natural_gradient.update(
+            gradient, state, params, operator=fisher, batch=images, targets=labels
+        )
         return optax.apply_updates(params, updates), state
 
     def adam_step(params, state, images, labels):

@@ -273,6 +273,8 @@ def _iteration_limit(rhs: Any, maxiter: Any) -> tuple[Any, int]:
         maxiter = min(10 * sum(leaf.size for leaf in jax.tree.leaves(rhs)), 2**31 - 1)
     if isinstance(maxiter, Tracer):
         return maxiter, 1024
+    if isinstance(maxiter, jax.Array):
+        maxiter = maxiter.item()  # while something is traced, comparing an array would be, too
     if maxiter != int(maxiter) or maxiter < 0:
         raise ValueError(f"maxiter: expected an integer of 0 or more, got {maxiter}.")
     return int(maxiter), min(max(10, -(-int(maxiter) // 10)), 2**20)
