@@ -12,6 +12,13 @@ def pytest_configure(config):
     config.addinivalue_line("filterwarnings", "error")
 
 
+def pytest_runtest_setup(item):
+    # Tests of values spend their time in compilation: a module that sets COMPILE_QUICKLY leaves out
+    # most optimizations. Whatever reads flops, memory or bits of a program does not.
+    quickly = getattr(getattr(item, "module", None), "COMPILE_QUICKLY", False)
+    jax.config.update("jax_disable_most_optimizations", quickly)
+
+
 @pytest.fixture(scope="session")
 def build():
     """Build the operator of one curvature by name, with the one signature all five share."""

@@ -11,6 +11,8 @@ from jax.flatten_util import ravel_pytree
 
 import fvp
 
+COMPILE_QUICKLY = True
+
 ALL_CURVATURES = (*CURVATURES, "mc_fisher")
 KEY = jax.random.key(11)
 

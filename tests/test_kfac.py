@@ -10,6 +10,8 @@ from models import MODELS, affine, conv, layer, normal, weight
 
 import fvp
 
+COMPILE_QUICKLY = True
+
 RULES = ("exact", "pi", "factored")
 
 

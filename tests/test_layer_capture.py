@@ -15,6 +15,8 @@ from fvp.layers.capture import capture
 from fvp.layers.groups import Rows
 from fvp.layers.report import coverage_of
 
+COMPILE_QUICKLY = True
+
 GAUSSIAN = fvp.Gaussian()
 ARCHITECTURES = {}
 

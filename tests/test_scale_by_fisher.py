@@ -12,6 +12,8 @@ from jax.flatten_util import ravel_pytree
 
 import fvp
 
+COMPILE_QUICKLY = True
+
 SOLVED = {"tol": 1e-13, "maxiter": 200}
 WEIGHTS = jnp.asarray([1.0, 0.0, 2.0, 0.5, 0.0, 3.0, 1.5])
 CURVATURES = {"fisher": "fisher", "ggn": "ggn", "empirical": "empirical_fisher"}

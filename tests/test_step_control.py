@@ -12,6 +12,8 @@ from jax.flatten_util import ravel_pytree
 
 import fvp
 
+COMPILE_QUICKLY = True
+
 SOLVED = {"tol": 1e-13, "maxiter": 200}
 GENTLE = fvp.LevenbergMarquardt(initial=5.0)  # no first step of these tiny problems is rejected
 HEADS = {"softmax": "softmax", "sigmoid": "sigmoid", "gaussian": "gaussian"}

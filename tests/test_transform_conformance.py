@@ -14,6 +14,8 @@ import pytest
 
 import fvp
 
+COMPILE_QUICKLY = True
+
 HEAD = fvp.Softmax()
 
 

@@ -70,7 +70,8 @@ def fisher_diagonal(
     Example:
       >>> import jax.numpy as jnp, fvp
       >>> x = jnp.array([[1.0, 2.0], [3.0, 4.0]])
-      >>> print(fvp.fisher_diagonal(lambda w, x: x @ w, fvp.Gaussian(), jnp.zeros((2, 1)), x))
+      >>> diagonal = fvp.fisher_diagonal(lambda w, x: x @ w, fvp.Gaussian(), jnp.zeros((2, 1)), x)
+      >>> print(diagonal.round(3))
       [[ 5.]
        [10.]]
 
