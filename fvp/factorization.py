@@ -8,6 +8,7 @@ have batch axes in front. What is not finite never gets in: a factorisation of z
 from __future__ import annotations
 
 import functools
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -27,28 +28,48 @@ def eigh_semidefinite(matrix: Array) -> tuple[Array, Array]:
     return jnp.maximum(values, 0), jnp.where(usable, vectors, identity)
 
 
-def solve_semidefinite(matrix: Array, damping: Array, rhs: Array) -> Array:
-    """(matrix + damping I)^-1 rhs for columns ``rhs``, by Cholesky, or eigh where that fails."""
-    size = matrix.shape[-1]
-    damping = jnp.asarray(damping, matrix.dtype)[..., None, None]
-    factor = jnp.linalg.cholesky(matrix + damping * jnp.eye(size, dtype=matrix.dtype))
-    by_cholesky = jax.scipy.linalg.cho_solve((factor, True), rhs)
+class SemidefiniteFactor(NamedTuple):
+    """Of matrix + damping I: its Cholesky factor, or eigenvalues and vectors where that failed."""
 
-    def by_eigenvalues() -> Array:
-        values, vectors = eigh_semidefinite(matrix)
-        # Below the rounding of the largest an eigenvalue is noise: nothing is divided by it.
-        values = values[..., :, None] + damping
-        floor = jnp.finfo(matrix.dtype).eps * size * jnp.max(values, axis=(-2, -1), keepdims=True)
-        inverse = jnp.where(values > floor, 1 / jnp.where(values > floor, values, 1), 0)
-        projected = _einsum("...ji,...jk->...ik", vectors, rhs)
-        return _einsum("...ij,...jk->...ik", vectors, inverse * projected)
+    cholesky: Array
+    values: Array
+    vectors: Array
+    by_cholesky: Array  # bool scalar
 
-    good = jnp.all(jnp.isfinite(by_cholesky))
-    return jax.lax.cond(good, lambda: by_cholesky, by_eigenvalues)
+    @classmethod
+    def of(cls, matrix: Array, damping: Array) -> SemidefiniteFactor:
+        """Factorises once, for any number of solves."""
+        damping = jnp.asarray(damping, matrix.dtype)[..., None]
+        shifted = matrix + damping[..., None] * jnp.eye(matrix.shape[-1], dtype=matrix.dtype)
+        cholesky = jnp.linalg.cholesky(shifted)
+        good = jnp.all(jnp.isfinite(cholesky))
+
+        def eigenvalues() -> tuple[Array, Array]:
+            values, vectors = eigh_semidefinite(matrix)
+            return values + damping, vectors
+
+        unused = lambda: (jnp.zeros_like(matrix[..., 0]), jnp.zeros_like(matrix))
+        values, vectors = jax.lax.cond(good, unused, eigenvalues)
+        return cls(cholesky, values, vectors, good)
+
+    def solve(self, rhs: Array) -> Array:
+        """(matrix + damping I)^-1 rhs for columns ``rhs``."""
+        by_cholesky = jax.scipy.linalg.cho_solve((self.cholesky, True), rhs)
+
+        def by_eigenvalues() -> Array:
+            # Below the rounding of the largest an eigenvalue is noise: nothing is divided by it.
+            values, size = self.values[..., None], self.values.shape[-1]
+            largest = jnp.max(values, axis=(-2, -1), keepdims=True)
+            floor = jnp.finfo(values.dtype).eps * size * largest
+            inverse = jnp.where(values > floor, 1 / jnp.where(values > floor, values, 1), 0)
+            projected = _einsum("...ji,...jk->...ik", self.vectors, rhs)
+            return _einsum("...ij,...jk->...ik", self.vectors, inverse * projected)
+
+        return jax.lax.cond(self.by_cholesky, lambda: by_cholesky, by_eigenvalues)
 
 
 def inverse_semidefinite(matrix: Array, damping: Array) -> Array:
     """(matrix + damping I)^-1, symmetric."""
     identity = jnp.broadcast_to(jnp.eye(matrix.shape[-1], dtype=matrix.dtype), matrix.shape)
-    inverse = solve_semidefinite(matrix, damping, identity)
+    inverse = SemidefiniteFactor.of(matrix, damping).solve(identity)
     return 0.5 * (inverse + jnp.swapaxes(inverse, -2, -1))

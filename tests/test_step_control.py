@@ -11,6 +11,7 @@ from dense import CASES, mlp, parameters, reference
 from jax.flatten_util import ravel_pytree
 
 import fvp
+from fvp.control.line_search import halving_search
 
 COMPILE_QUICKLY = True
 
@@ -283,6 +284,25 @@ def test_step_within_the_bound_is_left_alone():
 # Line searches -----------------------------------------------------------------------------------
 
 
+def test_halving_search_stops_where_the_loss_rises_again():
+    asked = []
+
+    def loss(a):
+        asked.append(float(a))
+        return jnp.asarray({1: jnp.nan, 0.5: 9.0, 0.25: 2.0, 0.125: 1.0, 0.0625: 1.5}[asked[-1]])
+
+    with jax.disable_jit():
+        length, best = halving_search(loss, jnp.asarray(5.0))
+    assert (float(length), float(best)) == (0.125, 1.0)
+    assert asked == [1, 0.5, 0.25, 0.125, 0.0625]
+
+
+def test_halving_search_where_nothing_is_better():
+    length, best = halving_search(lambda a: 5 + a, jnp.asarray(5.0))
+    assert float(best) >= 5
+    assert float(length) == 2.0**-20
+
+
 @pytest.mark.parametrize("search", ["loss", "outputs"])
 def test_line_search_finds_the_best_halving(search):
     p = problem()
@@ -292,15 +312,16 @@ def test_line_search_finds_the_best_halving(search):
     d = p.unravel(-50 * np.linalg.solve(F + 0.1 * np.eye(len(g)), g))
     along = lambda a: jax.tree.map(lambda x, y: x + a * y, p.params, d)
     if search == "loss":
-        values = [p.loss(along(2.0**-k)) for k in range(11)]
+        values = [p.loss(along(2.0**-k)) for k in range(21)]
     else:
         model = lambda params: p.model_fn(params, p.batch)
         z, change = jax.jvp(model, (p.params,), (d,))
-        values = [p.head.nll(z + 2.0**-k * change, p.targets).mean() for k in range(11)]
+        values = [p.head.nll(z + 2.0**-k * change, p.targets).mean() for k in range(21)]
     assert bool(state.accepted)
-    assert 0 < int(np.argmin(values)) < 10
-    best = 2.0 ** -int(np.argmin(values))
-    np.testing.assert_allclose(flatten(updates), best * flatten(d), rtol=1e-6)
+    before = p.loss(p.params)
+    first = next(k for k in range(20) if values[k] < before and values[k + 1] > values[k])
+    assert 0 < first < 10
+    np.testing.assert_allclose(flatten(updates), 2.0**-first * flatten(d), rtol=1e-6)
 
 
 # Errors ------------------------------------------------------------------------------------------

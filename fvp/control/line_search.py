@@ -8,21 +8,41 @@ import jax
 import jax.numpy as jnp
 from jax import Array
 
+HALVINGS = 20
 
-def grid_search(loss: Callable[[Array], Array], halvings: int = 10) -> tuple[Array, Array]:
-    """The best of the lengths 1, 1/2, ..., 2^-halvings, and its loss.
 
-    ``loss(length)`` is evaluated one length at a time; values that are not finite lose.
+def halving_search(loss: Callable[[Array], Array], before: Array) -> tuple[Array, Array]:
+    """The length among 1, 1/2, 1/4, ... before the loss rises again, and its loss.
+
+    Lengths are halved until the loss is below ``before`` and half the length would make it larger:
+    mostly two evaluations of ``loss(length)``. Values that are not finite count as infinite. Where
+    nothing down to 2^-20 is below ``before``, the best of all.
     """
-    lengths = 2.0 ** -jnp.arange(halvings + 1, dtype=jnp.float32)
-    losses = jax.lax.map(loss, lengths)
-    losses = jnp.where(jnp.isfinite(losses), losses, jnp.inf)
-    best = jnp.argmin(losses)
-    return lengths[best], losses[best]
+
+    def evaluate(length: Array) -> Array:
+        value = loss(length)
+        return jnp.where(jnp.isfinite(value), value, jnp.inf)
+
+    def unfinished(carry: tuple[Array, Array, Array, Array]) -> Array:
+        length, _, best, better = carry
+        return ((best >= before) | better) & (length > 2.0**-HALVINGS)
+
+    def halve(carry: tuple[Array, Array, Array, Array]) -> tuple[Array, Array, Array, Array]:
+        length, at, best, _ = carry
+        length = 0.5 * length
+        value = evaluate(length)
+        better = value < best
+        return length, jnp.where(better, length, at), jnp.where(better, value, best), better
+
+    one = jnp.ones((), jnp.float32)
+    _, length, best, _ = jax.lax.while_loop(
+        unfinished, halve, (one, one, evaluate(one), jnp.array(True))
+    )
+    return length, best
 
 
 def output_search(
-    loss: Callable[[Array], Array], output: Array, change: Array, halvings: int = 10
+    loss: Callable[[Array], Array], output: Array, change: Array, before: Array
 ) -> tuple[Array, Array]:
     """The same search with the local model z - length * J d in place of the network.
 
@@ -32,6 +52,6 @@ def output_search(
       loss: ``loss(z)``, the mean loss of outputs like ``output``.
       output: z at the parameters.
       change: J d for the direction d that is subtracted.
-      halvings: exponent of the shortest length.
+      before: the loss at ``output``.
     """
-    return grid_search(lambda a: loss(output - a.astype(output.dtype) * change), halvings)
+    return halving_search(lambda a: loss(output - a.astype(output.dtype) * change), before)

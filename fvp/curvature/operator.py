@@ -79,6 +79,10 @@ class CurvatureOperator:
     def __matmul__(self, v: Any) -> Any:
         return self.mv(v)
 
+    def pull(self, u: Array) -> Any:
+        """J^T H_L u for a change ``u`` of the outputs; of curvatures J^T H_L J that hold J."""
+        return self._mean(self.piece.pull(u, self.scale))
+
     def quadratic_form(self, v: Any) -> Array:
         """v^T (curvature) v as a scalar in float32 or wider; costs one JVP where z suffices."""
         return _quadratic_form(self, check_like(v, self._like(), "v", "params"))

@@ -81,7 +81,10 @@ class GaussNewtonPiece:
 
     def product(self, v: Any, scale: Array) -> Any:
         """sum_i w_i J_i^T H_i J_i v."""
-        u = self.linearization.jvp(v)
+        return self.pull(self.linearization.jvp(v), scale)
+
+    def pull(self, u: Array, scale: Array) -> Any:
+        """sum_i w_i J_i^T H_i u_i for a change ``u`` of the outputs."""
         weighted = apply_weights(self.weights, self.head.event_ndim, self.metric(widen(u)))
         return self.linearization.vjp((scale * weighted).astype(u.dtype))
 

@@ -14,7 +14,7 @@ from fvp.checks import check_like
 from fvp.compilation import compiled_when_eager
 from fvp.curvature.operator import CurvatureOperator
 from fvp.curvature.pieces import GaussNewtonPiece, apply_weights
-from fvp.factorization import solve_semidefinite
+from fvp.factorization import SemidefiniteFactor
 from fvp.heads import Gaussian, Head, Sigmoid, Softmax
 from fvp.layers.capture import capture
 from fvp.layers.columns import metric_columns
@@ -86,34 +86,55 @@ def solve_dual(
 def _solve(operator: CurvatureOperator, rhs: Any, damping: Array, targets: Any) -> Any:
     rows = ExampleRows.of(operator)
     gram = rows.gram()
-    wide = widen_tree(rhs)
-    w = None if targets is None else rows.whitened(targets)
-    rest = wide
-    if w is not None:
-        rest = tree_axpy(-1, rows.transposed(w), wide)
+    at = lambda damping: DualSystem.of(rows, gram, damping).solve(rhs, targets)
+    return jax.lax.map(at, damping) if damping.ndim else at(damping)
+
+
+@dataclasses.dataclass(frozen=True)
+class DualSystem:
+    """F + damping I, factorised in the space of examples x outputs; lives inside one trace."""
+
+    rows: ExampleRows
+    factor: SemidefiniteFactor
+    damping: Array
+
+    @classmethod
+    def of(cls, rows: ExampleRows, gram: Array, damping: Array) -> DualSystem:
+        """From A and A A^T."""
+        damping = damping.astype(gram.dtype)
+        return cls(rows, SemidefiniteFactor.of(gram, damping), damping)
+
+    def solve(self, rhs: Any, targets: Any = None) -> Any:
+        """The x for ``rhs``, the gradient at ``targets`` and maybe more; see :func:`solve_dual`."""
+        wide = widen_tree(rhs)
+        w = None if targets is None else self.rows.whitened(targets)
+        if w is None:
+            x = self._solve_rest(wide)
+            # One step of refinement takes back what cancels in the difference.
+            operator = self.rows.operator
+            product = widen_tree(operator.mv(cast_like(x, operator._like())))
+            residual = tree_axpy(-1, product, tree_axpy(-self.damping, x, wide))
+            return cast_like(tree_axpy(1, self._solve_rest(residual), x), rhs)
+        rest = tree_axpy(-1, self.rows.transposed(w), wide)
         # What is left by rounding is not divided by the damping.
-        level = 64 * jnp.finfo(gram.dtype).eps
+        level = 64 * jnp.finfo(self.damping.dtype).eps
         noise = tree_vdot(rest, rest) <= level**2 * tree_vdot(wide, wide)
         rest = tree_where(noise, jax.tree.map(jnp.zeros_like, rest), rest)
+        return cast_like(tree_axpy(1, self._solve_rows(w), self._solve_rest(rest)), rhs)
 
-    def at(damping: Array) -> Any:
-        def inner(w: Array) -> Array:
-            return solve_semidefinite(gram, damping, w.reshape(-1, 1)).reshape(w.shape)
+    def solve_outputs(self, u: Array) -> Any:
+        """(F + damping I)^-1 J^T H_L u for a change ``u`` of the outputs, without cancellation."""
+        return self._solve_rows(self.rows.images(u))
 
-        def solve(b: Any) -> Any:
-            correction = rows.transposed(inner(rows.times(b)))
-            return jax.tree.map(lambda x: x / damping.astype(x.dtype), tree_axpy(-1, correction, b))
+    def _solve_rows(self, w: Array) -> Any:
+        """A^T (A A^T + damping I)^-1 w."""
+        inner = self.factor.solve(w.reshape(-1, 1)).reshape(w.shape)
+        return self.rows.transposed(inner)
 
-        x = solve(rest)
-        if w is not None:
-            return cast_like(tree_axpy(1, rows.transposed(inner(w)), x), rhs)
-        # One step of refinement takes back what cancels in the difference above.
-        product = widen_tree(operator.mv(cast_like(x, operator._like())))
-        residual = tree_axpy(-1, product, tree_axpy(-damping, x, wide))
-        return cast_like(tree_axpy(1, solve(residual), x), rhs)
-
-    damping = damping.astype(gram.dtype)
-    return jax.lax.map(at, damping) if damping.ndim else at(damping)
+    def _solve_rest(self, b: Any) -> Any:
+        correction = self._solve_rows(self.rows.times(b))
+        difference = tree_axpy(-1, correction, b)
+        return jax.tree.map(lambda x: x / self.damping.astype(x.dtype), difference)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -139,7 +160,14 @@ class ExampleRows:
     def times(self, v: Any) -> Array:
         """A v, of shape (K, E)."""
         v = cast_like(v, self.operator._like())
-        return self._dot(widen(self.operator.piece.linearization.jvp(v)))
+        return self.images(self.operator.piece.linearization.jvp(v))
+
+    def images(self, u: Array) -> Array:
+        """A v where J v = ``u``, of shape (K, E)."""
+        u = widen(u)
+        _, others = self._axes()
+        dots = jnp.sum(self.columns * u, axis=tuple(1 + d for d in others))
+        return dots.reshape(self.columns.shape[0], -1)
 
     def transposed(self, w: Array) -> Any:
         """A^T w, in float32 or wider."""
@@ -179,11 +207,6 @@ class ExampleRows:
         examples = list(self.captured.layers.examples)
         others = [d for d in range(self.operator.piece.output.ndim) if d not in examples]
         return examples, others
-
-    def _dot(self, u: Array) -> Array:
-        _, others = self._axes()
-        dots = jnp.sum(self.columns * u, axis=tuple(1 + d for d in others))
-        return dots.reshape(self.columns.shape[0], -1)
 
     def _spread(self, w: Array) -> Array:
         examples, _ = self._axes()

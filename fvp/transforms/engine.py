@@ -27,10 +27,11 @@ from fvp.numerics import (
     wide_dtype,
     widen,
 )
-from fvp.solvers import CGInfo, cg, choose_solver, solve_exactly
+from fvp.solvers import CGSystem, ExactSystem, choose_solver
+from fvp.transforms.geodesic import geodesic_correction
 from fvp.transforms.options import CURVATURES, Data, Options, check_data
 from fvp.transforms.subset import has_masked_nodes
-from fvp.transforms.trying import divergence, moves, search_length, try_step
+from fvp.transforms.trying import Path, divergence, moves, search_length, try_step
 
 WARM_START_DECAY = 0.95
 # Where no loss can try an adaptive step: a bound on its KL; without a batch, also more damping.
@@ -132,11 +133,10 @@ def _step(
         start = jax.tree.map(lambda d: (momentum * d).astype(d.dtype), previous)
     elif options.warm_start:
         start = jax.tree.map(lambda d: (WARM_START_DECAY * d).astype(d.dtype), previous)
-    if solver == "cg":
-        solution, info = _solve(options, operator, rhs, strength, shift, metric, start)
-    else:
-        targets = data.targets
-        solution, info = solve_exactly(solver, operator, rhs, strength + shift, targets)
+    system = _system(options, solver, operator, strength, shift, metric, data.targets)
+    if isinstance(system, ExactSystem):
+        strength = system.damping - shift
+    solution, info = system.solve(rhs, start, data.targets)
     descent = jnp.isfinite(info.residual_norm) & (info.model_value < 0)
     curvature, damping_term = info.curvature, tree_vdot(solution, _damp(strength, metric, solution))
     if metric is not None:
@@ -147,11 +147,18 @@ def _step(
         curvature = tree_vdot(solution, product)
         damping_term = tree_vdot(solution, _damp(strength, metric, solution))
     descent &= tree_is_finite(solution)
+    correction = None
+    if options.geodesic:
+        searched = options.line_search == "loss"
+        correction = geodesic_correction(
+            operator, system.solve_outputs, solution, searched=searched
+        )
+    path = Path(solution, correction)
 
     # Its length, and what trying it says.
     length, sign = _learning_rate(options, state.count)
     predicted_kl = jnp.maximum(0.5 * jnp.square(length) * curvature, 0)  # never below by rounding
-    at = moves(params, solution, gradient, length)
+    at = moves(params, path, gradient, length)
     limit = options.max_kl
     if limit is None and options.adaptive and not data.has_loss:
         limit = UNTRIED_KL
@@ -161,11 +168,11 @@ def _step(
             exact = lambda a: divergence(options, operator, at(a), data)
         shrink = length_within_kl(predicted_kl, limit, exact, constant=options.constant_kl)
         length, predicted_kl = shrink * length, jnp.square(shrink) * predicted_kl
-        at = moves(params, solution, gradient, length)
+        at = moves(params, path, gradient, length)
     if options.line_search is not None:
         shrink = search_length(options, operator, params, solution, length, at, data)
         length, predicted_kl = shrink * length, jnp.square(shrink) * predicted_kl
-        at = moves(params, solution, gradient, length)
+        at = moves(params, path, gradient, length)
     record = Step(
         slope=tree_vdot(slope_of, solution),
         curvature=curvature + shift * tree_vdot(solution, solution),
@@ -182,9 +189,8 @@ def _step(
         corrected = options.rule.correct(control, record, outcome, accepted)
         informative = descent & (record.scale > 0)
         control = tree_where(informative, corrected, tree_where(descent, control, state.control))
-    update = jax.tree.map(
-        lambda x: jnp.where(accepted, sign * length * x, 0).astype(x.dtype), solution
-    )
+    step = path.step(length)
+    update = jax.tree.map(lambda x: jnp.where(accepted, sign * x, 0).astype(x.dtype), step)
     direction = previous
     if direction is not None:
         # A bad batch leaves momentum and warm start alone; a step that failed its trial ends them.
@@ -202,22 +208,24 @@ def _step(
     )
 
 
-def _solve(
+def _system(
     options: Options,
+    solver: str,
     operator: Any,
-    rhs: Any,
     strength: Any,
     shift: Any,
     metric: Any,
-    start: Any,
-) -> tuple[Any, CGInfo]:
-    """The solution of (curvature + strength D + shift I) d = rhs; D = I without a metric."""
-    limits = {"x0": start, "tol": options.tol, "maxiter": options.maxiter}
+    targets: Any,
+) -> CGSystem | ExactSystem:
+    """The system curvature + strength D + shift I; D = I without a metric."""
+    if solver != "cg":
+        return ExactSystem.of(solver, operator, strength + shift, targets)
+    limits = {"tol": options.tol, "maxiter": options.maxiter}
     if metric is None:
-        return cg(operator, rhs, damping=strength + shift, **limits)
+        return CGSystem(operator, operator, strength + shift, limits)
     multiply = lambda v: tree_axpy(1, _damp(strength, metric, v), operator.mv(v))
     precondition = lambda r: jax.tree.map(lambda x, d: (x / d).astype(x.dtype), r, metric)
-    return cg(multiply, rhs, damping=shift, M=precondition, **limits)
+    return CGSystem(operator, multiply, shift, {**limits, "M": precondition})
 
 
 def _damp(strength: Any, metric: Any, v: Any) -> Any:

@@ -22,7 +22,6 @@ from fvp.transforms.subset import OnSubset
 ScalarOrSchedule = ArrayLike | Callable[[Array], ArrayLike]
 Damping = ScalarOrSchedule | LevenbergMarquardt
 
-_DEFAULT_DAMPING = LevenbergMarquardt()
 _MOMENTUM = 0.9  # of adaptive damping
 
 
@@ -30,7 +29,7 @@ def scale_by_fisher(
     model_fn: ModelFn,
     head: Head,
     *,
-    damping: Damping = _DEFAULT_DAMPING,
+    damping: Damping | None = None,
     curvature: str = "fisher",
     solver: str = "cg",
     maxiter: Any = 11,
@@ -41,6 +40,7 @@ def scale_by_fisher(
     constant_kl: bool = False,
     l2: ArrayLike | None = None,
     line_search: str | None = None,
+    geodesic: bool = False,
     chunk_size: int | None = None,
     batch_axes: Any = 0,
     axis_name: AxisName = None,
@@ -73,13 +73,16 @@ def scale_by_fisher(
       model_fn: pure function ``model_fn(params, batch) -> z``.
       head: output distribution, such as ``fvp.Softmax()``.
       damping: multiple of the identity added to the curvature, a number or an optax schedule; or
-        :class:`fvp.LevenbergMarquardt`, the default, which adapts it and rejects bad steps.
+        :class:`fvp.LevenbergMarquardt`, which adapts it and rejects bad steps. None, the default,
+        takes the latter, but 0 with an exact solver and ``line_search="loss"``, where the search
+        alone controls the step.
       curvature: "fisher", "ggn" or "empirical".
       solver: "cg"; "dual", an exact solve in the space of examples x outputs
         (:func:`fvp.solve_dual`; pass ``targets=`` to keep its digits at tiny damping); "dense", an
         exact solve with the (P, P) matrix; or "auto", which takes "dual" where examples x outputs
         are at most 4096 and fewer than the parameters, "dense" where the parameters are at most
-        1024, and else "cg".
+        1024, and else "cg". The exact ones keep the damping above rounding: sqrt(eps)
+        trace(F), or "dual" with ``targets=``, eps trace(F) for each of its rows.
       maxiter: most CG iterations.
       tol: CG stops at this relative residual.
       warm_start: start CG at 0.95 times the last solution; costs one product.
@@ -93,9 +96,16 @@ def scale_by_fisher(
       constant_kl: scale every step to exactly ``max_kl``.
       l2: adds l2/2 |params|^2 to the loss: to the gradient (pass that of the loss alone), the
         curvature and the trial of the step.
-      line_search: the best of 1, 1/2, ..., 2^-10 times the step: "loss" by the loss itself, at a
-        forward pass each, "outputs" by the loss of the linearised outputs z - a J d, at one JVP for
-        all. A step that raises the loss is then rejected, whatever the damping.
+      line_search: halves the step until the loss has fallen and half of it would be worse: "loss"
+        by the loss itself, at a forward pass each, "outputs" by the loss of the linearised outputs
+        z - a J d, at one JVP for all. A step that raises the loss is then rejected, whatever the
+        damping.
+      geodesic: whether the step bends with the outputs: half the square of its length times
+        (curvature + damping)^-1 J^T H z'', with z'' the second derivative of the outputs along the
+        direction, is added (geodesic acceleration), unless that is longer than 3/4 of the direction
+        and no ``line_search="loss"`` shortens it. Costs a JVP of a JVP and a second solve, which is
+        cheap where the first was exact. Least squares in badly scaled parameters, such as PDE
+        residuals, then take far longer steps.
       chunk_size: examples linearised at a time, see :func:`fvp.fisher`.
       batch_axes: the example axes of ``batch``, see :func:`fvp.fisher`.
       axis_name: mesh axes that the batch is split over inside ``shard_map``, see
@@ -136,6 +146,7 @@ def scale_by_fisher(
         constant_kl=constant_kl,
         l2=l2,
         line_search=line_search,
+        geodesic=geodesic,
         chunk_size=chunk_size,
         batch_axes=batch_axes,
         axis_name=axis_name,
@@ -147,7 +158,7 @@ def natural_gradient(
     model_fn: ModelFn,
     head: Head,
     *,
-    damping: Damping = _DEFAULT_DAMPING,
+    damping: Damping | None = None,
     curvature: str = "fisher",
     solver: str = "cg",
     maxiter: Any = 11,
@@ -158,6 +169,7 @@ def natural_gradient(
     constant_kl: bool = False,
     l2: ArrayLike | None = None,
     line_search: str | None = None,
+    geodesic: bool = False,
     chunk_size: int | None = None,
     batch_axes: Any = 0,
     axis_name: AxisName = None,
@@ -179,6 +191,7 @@ def natural_gradient(
       constant_kl: see there.
       l2: see there.
       line_search: see there.
+      geodesic: see there.
       chunk_size: see there.
       batch_axes: see there.
       axis_name: see there.
@@ -201,6 +214,7 @@ def natural_gradient(
         constant_kl=constant_kl,
         l2=l2,
         line_search=line_search,
+        geodesic=geodesic,
         chunk_size=chunk_size,
         batch_axes=batch_axes,
         axis_name=axis_name,
@@ -212,7 +226,7 @@ def _transform(
     model_fn: ModelFn,
     head: Head,
     *,
-    damping: Damping,
+    damping: Damping | None,
     curvature: str,
     momentum: ArrayLike | str | None,
     max_kl: ArrayLike | None,
@@ -238,6 +252,9 @@ def _transform(
         raise ValueError("max_kl: constant_kl=True expects the length of the step, got None.")
     if isinstance(max_kl, (int, float)) and not max_kl > 0:
         raise ValueError(f"max_kl: expected a positive number of nats, got {max_kl}.")
+    if damping is None:
+        searched = options["line_search"] == "loss" and options["solver"] != "cg"
+        damping = 0.0 if searched else LevenbergMarquardt()
     adaptive = isinstance(damping, LevenbergMarquardt)
     if momentum is None and adaptive:
         momentum = _MOMENTUM

@@ -37,6 +37,7 @@ class Options:
     constant_kl: bool
     l2: Any
     line_search: str | None
+    geodesic: bool
     chunk_size: int | None
     batch_axes: Any
     axis_name: AxisName

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -11,7 +11,7 @@ import optax
 from jax import Array
 
 from fvp.control import Outcome, Step
-from fvp.control.line_search import grid_search, output_search
+from fvp.control.line_search import halving_search, output_search
 from fvp.control.record import unknown_outcome
 from fvp.control.trial import divergence_outcome, loss_outcome, mean_kl, mean_nll
 from fvp.curvature.linearization import Linearization
@@ -20,11 +20,26 @@ from fvp.transforms.options import Data, Options
 from fvp.transforms.subset import fill_masked, has_masked_nodes
 
 
-def moves(params: Any, solution: Any, like: Any, length: Any) -> Callable[[Any], Any]:
-    """``a -> params`` after a times the step, rounded as optax will round it."""
+class Path(NamedTuple):
+    """The steps s d + s^2/2 c for lengths s, to be subtracted; straight where c is None."""
+
+    direction: Any
+    correction: Any
+
+    def step(self, length: Any) -> Any:
+        """The step of one length, in the dtypes of the direction."""
+        if self.correction is None:
+            return jax.tree.map(lambda d: (length * d).astype(d.dtype), self.direction)
+        bend = 0.5 * jnp.square(length)
+        add = lambda d, c: (length * d + bend * c).astype(d.dtype)
+        return jax.tree.map(add, self.direction, self.correction)
+
+
+def moves(params: Any, path: Path, like: Any, length: Any) -> Callable[[Any], Any]:
+    """``a -> params`` after the step of a times ``length``, rounded as optax will round it."""
 
     def at(a: Any) -> Any:
-        step = jax.tree.map(lambda x, g: (-a * length * x).astype(g.dtype), solution, like)
+        step = jax.tree.map(lambda x, g: (-x).astype(g.dtype), path.step(a * length), like)
         return optax.apply_updates(params, step)
 
     return at
@@ -48,16 +63,21 @@ def try_step(
     """Tries the step on the loss where there is one, else on the divergence that it makes."""
     if data.has_loss:
         loss = _loss(options, data)
-        before = data.loss_before
-        if data.value_fn is None:
-            before = _nll(options, data)(operator.output)
-        elif before is None:
-            before = data.value_fn(_whole(params, data), data.batch)
-        before = jnp.asarray(before) + _penalty(options, params)
+        before = loss_before(options, operator, params, data)
         return loss_outcome(record, before, lambda _: loss(at(1)))
     if data.batch is None:
         return unknown_outcome(record)
     return divergence_outcome(record, predicted_kl, divergence(options, operator, at(1), data))
+
+
+def loss_before(options: Options, operator: Any, params: Any, data: Data) -> Array:
+    """The loss at ``params``, with the l2 term."""
+    before = data.loss_before
+    if data.value_fn is None:
+        before = _nll(options, data)(operator.output)
+    elif before is None:
+        before = data.value_fn(_whole(params, data), data.batch)
+    return jnp.asarray(before) + _penalty(options, params)
 
 
 def search_length(
@@ -74,13 +94,15 @@ def search_length(
         if not data.has_loss:
             raise ValueError('line_search: "loss" expects batch=, and targets= or value_fn=.')
         loss = _loss(options, data)
-        return grid_search(lambda a: loss(at(a)))[0]
+        before = loss_before(options, operator, params, data)
+        return halving_search(lambda a: loss(at(a)), before)[0]
     if data.batch is None or data.targets is None:
         raise ValueError('line_search: "outputs" expects batch= and targets=.')
     linearization = Linearization.of(lambda p: _outputs(options, p, data), params)
     change = length * linearization.jvp(cast_like(solution, params))
     change = change.astype(operator.output.dtype)
-    return output_search(_nll(options, data), operator.output, change)[0]
+    loss = _nll(options, data)
+    return output_search(loss, operator.output, change, loss(operator.output))[0]
 
 
 def _loss(options: Options, data: Data) -> Callable[[Any], Array]:

@@ -1,0 +1,142 @@
+"""Damped systems (F + Lambda) x = b behind one interface, and the rule that chooses among solvers.
+
+A system is set up once for one operator and one damping. ``solve(rhs, start, targets)`` gives x and
+the record of the solve; ``solve_outputs(u)`` gives (F + Lambda)^-1 J^T H_L u for a change u of the
+outputs.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Callable
+from typing import Any
+
+import jax.numpy as jnp
+from jax import Array
+from jax.flatten_util import ravel_pytree
+from jax.typing import ArrayLike
+
+from fvp.curvature.operator import CurvatureOperator
+from fvp.curvature.pieces import GaussNewtonPiece
+from fvp.factorization import SemidefiniteFactor
+from fvp.numerics import cast_like, tree_axpy, tree_is_finite, tree_vdot, wide_dtype, widen_tree
+from fvp.solvers.conjugate_gradient import CGInfo, cg
+from fvp.solvers.dual import DualSystem, ExampleRows
+
+SOLVERS = ("auto", "cg", "dense", "dual")
+_MOST_ROWS = 4096  # a matrix of that size factorises in about the time of a hundred products
+_MOST_PARAMETERS = 1024
+
+
+def choose_solver(operator: CurvatureOperator) -> str:
+    """One of "dual", "dense" and "cg", from shapes alone.
+
+    "dual" where examples x outputs are at most 4096 and fewer than the parameters; "dense" where
+    the parameters are at most 1024; "cg" otherwise, and for operators that "dual" does not take.
+    """
+    parameters = sum(math.prod(shape.shape) for shape in operator.template[1])
+    if operator.axis_name is not None:
+        return "cg"
+    if isinstance(operator.piece, GaussNewtonPiece):
+        rows = operator.piece.output.size
+        if rows <= _MOST_ROWS and rows < parameters:
+            return "dual"
+    return "dense" if parameters <= _MOST_PARAMETERS else "cg"
+
+
+@dataclasses.dataclass(frozen=True)
+class CGSystem:
+    """F + Lambda, solved by conjugate gradients.
+
+    ``damping`` I is added to ``multiply``, which may hold more of Lambda; ``limits`` are those of
+    :func:`fvp.cg`, and ``M``.
+    """
+
+    operator: CurvatureOperator
+    multiply: Callable[[Any], Any] | CurvatureOperator
+    damping: ArrayLike
+    limits: dict[str, Any]
+
+    def solve(self, rhs: Any, start: Any, targets: Any) -> tuple[Any, CGInfo]:
+        """The x and its record, from ``start``."""
+        del targets
+        return cg(self.multiply, rhs, damping=self.damping, x0=start, **self.limits)
+
+    def solve_outputs(self, u: Array) -> Any:
+        """(F + Lambda)^-1 J^T H_L u."""
+        return cg(self.multiply, self.operator.pull(u), damping=self.damping, **self.limits)[0]
+
+
+@dataclasses.dataclass(frozen=True)
+class DenseSystem:
+    """F + damping I as a (P, P) matrix."""
+
+    operator: CurvatureOperator
+    factor: SemidefiniteFactor
+
+    def solve(self, rhs: Any, targets: Any) -> Any:
+        """The x."""
+        del targets
+        flat, unravel = ravel_pytree(widen_tree(rhs))
+        return cast_like(unravel(self.factor.solve(flat[:, None])[:, 0]), rhs)
+
+    def solve_outputs(self, u: Array) -> Any:
+        """(F + damping I)^-1 J^T H_L u."""
+        return self.solve(self.operator.pull(u), None)
+
+
+@dataclasses.dataclass(frozen=True)
+class ExactSystem:
+    """F + damping I, factorised."""
+
+    operator: CurvatureOperator
+    damping: Array
+    factorised: DualSystem | DenseSystem
+
+    @classmethod
+    def of(
+        cls, solver: str, operator: CurvatureOperator, damping: ArrayLike, targets: Any
+    ) -> ExactSystem:
+        """``solver`` is "dual" or "dense".
+
+        The damping is at least sqrt(eps) trace(F): below that a right-hand side's rounding outside
+        the range of F would be blown up. A dual system that knows the ``targets`` has none, and
+        needs only the bound of a numerical rank, eps n trace(F) for n rows.
+        """
+        if solver == "dual":
+            rows = ExampleRows.of(operator)
+            matrix = rows.gram()
+            whitened = targets is not None and rows.whitened(targets) is not None
+        else:
+            rows, matrix, whitened = None, operator.dense(), False
+        matrix = matrix.astype(wide_dtype(matrix.dtype))
+        eps = float(jnp.finfo(matrix.dtype).eps)
+        level = eps * len(matrix) if whitened else eps**0.5
+        damping = jnp.maximum(jnp.asarray(damping, matrix.dtype), level * jnp.trace(matrix))
+        if rows is not None:
+            return cls(operator, damping, DualSystem.of(rows, matrix, damping))
+        return cls(operator, damping, DenseSystem(operator, SemidefiniteFactor.of(matrix, damping)))
+
+    def solve(self, rhs: Any, start: Any, targets: Any) -> tuple[Any, CGInfo]:
+        """The x, and the record of it that CG would give; ``start`` is not needed."""
+        del start
+        x = self.factorised.solve(rhs, targets)
+        wide, b = widen_tree(x), widen_tree(rhs)
+        product = widen_tree(self.operator.mv(x))
+        residual = tree_axpy(-1, product, tree_axpy(-self.damping, wide, b))
+        curvature, slope = tree_vdot(wide, product), tree_vdot(wide, b)
+        finite = tree_is_finite(x)
+        info = CGInfo(
+            iterations=jnp.zeros((), jnp.int32),
+            residual_norm=jnp.sqrt(tree_vdot(residual, residual)),
+            converged=finite,
+            breakdown=~finite,
+            model_value=0.5 * (curvature + self.damping * tree_vdot(wide, wide)) - slope,
+            curvature=curvature,
+        )
+        return x, info
+
+    def solve_outputs(self, u: Array) -> Any:
+        """(F + damping I)^-1 J^T H_L u."""
+        return self.factorised.solve_outputs(u)

@@ -1,0 +1,123 @@
+"""Bent steps: the correction against dense float64 algebra, and what it is good for."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from dense import CASES, mlp, parameters, reference
+from jax.flatten_util import ravel_pytree
+
+import fvp
+
+DAMPING = 1.0
+
+
+def problem(name):
+    case, rng = CASES[name], np.random.default_rng(0)
+    model_fn, params = mlp(case.event_shape), parameters(rng, case.size)
+    x = jnp.asarray(rng.normal(size=(5, 2)))
+    targets, weights = case.targets(rng, (5,)), jnp.asarray(rng.uniform(size=5)).at[1].set(0)
+    values = reference(case, model_fn, params, x, targets, weights)
+    return case.head, model_fn, params, x, targets, weights, values
+
+
+def bent_step(values, model_fn, head, params, x, weights):
+    """d and c of the path by dense solves, with J and z'' from nested differentiation."""
+    flat, unravel = ravel_pytree(params)
+    model = lambda flat: model_fn(unravel(flat), x)
+    damped = values["fisher"] + DAMPING * np.eye(flat.size)
+    d = np.linalg.solve(damped, values["gradient"])
+    slope = lambda flat: jax.jvp(model, (flat,), (jnp.asarray(d),))[1]
+    _, bend = jax.jvp(slope, (flat,), (jnp.asarray(d),))
+    w = (weights / weights.sum()).reshape(-1, *(1,) * head.event_ndim)
+    weighted = w * head.fisher(model(flat), bend)
+    pulled = jnp.tensordot(weighted, jax.jacobian(model)(flat), weighted.ndim)
+    return d, np.linalg.solve(damped, pulled)
+
+
+@pytest.mark.parametrize("solver", ["cg", "dense", "dual"])
+@pytest.mark.parametrize("name", ["softmax", "sigmoid", "gaussian"])
+def test_the_correction_takes_back_the_bend_of_the_outputs(name, solver):
+    head, model_fn, params, x, targets, weights, values = problem(name)
+    d, c = bent_step(values, model_fn, head, params, x, weights)
+    assert np.linalg.norm(c) < 0.75 * np.linalg.norm(d)  # else it would not be taken
+    options = {"damping": DAMPING, "solver": solver, "tol": 1e-13, "maxiter": 300}
+    tx = fvp.natural_gradient(0.5, model_fn, head, geodesic=True, **options)
+    gradient = ravel_pytree(params)[1](jnp.asarray(values["gradient"]))
+    data = {"batch": x, "targets": targets, "weights": weights}
+    updates, _ = tx.update(gradient, tx.init(params), params, **data)
+    expected = -(0.5 * d + 0.125 * c)
+    np.testing.assert_allclose(ravel_pytree(updates)[0], expected, rtol=1e-8, atol=1e-10)
+
+
+def test_a_linear_model_has_no_correction():
+    rng = np.random.default_rng(0)
+    x, y, w = (jnp.asarray(rng.normal(size=s)) for s in ((6, 3), (6, 2), (3, 2)))
+    model_fn, head = lambda w, x: x @ w, fvp.Gaussian()
+    gradient = jax.grad(lambda w: head.nll(model_fn(w, x), y).mean())(w)
+    steps = []
+    for geodesic in (False, True):
+        tx = fvp.natural_gradient(1.0, model_fn, head, damping=0.1, geodesic=geodesic)
+        steps.append(tx.update(gradient, tx.init(w), w, batch=x)[0])
+    np.testing.assert_array_equal(*steps)
+
+
+def test_a_correction_longer_than_the_direction_is_left_out():
+    model_fn, head = lambda w, x: x * jnp.exp(9 * w), fvp.Gaussian()
+    w, x, y = jnp.ones(1), jnp.ones((2, 1)), jnp.zeros((2, 1))
+    gradient = jax.grad(lambda w: head.nll(model_fn(w, x), y).mean())(w)
+    straight, bent = (
+        fvp.natural_gradient(1.0, model_fn, head, damping=1e-3, geodesic=geodesic)
+        for geodesic in (False, True)
+    )
+    expected, _ = straight.update(gradient, straight.init(w), w, batch=x)
+    actual, _ = bent.update(gradient, bent.init(w), w, batch=x)
+    np.testing.assert_array_equal(actual, expected)
+
+
+def test_bent_steps_follow_the_valley_of_rosenbrock():
+    """At most half as many as straight ones."""
+    model_fn = lambda p, _: jnp.stack([p[:1], 10 * (p[1:] - p[:1] ** 2)], axis=1)
+    start, batch, y = jnp.array([-1.2, 1.0]), jnp.zeros(1), jnp.array([[1.0, 0.0]])
+    head = fvp.Gaussian()
+    loss = jax.jit(lambda p: jnp.sum((model_fn(p, batch) - y) ** 2))
+    gradient = jax.jit(jax.grad(lambda p: head.nll(model_fn(p, batch), y).mean()))
+
+    def steps(geodesic):
+        options = {"damping": 1e-9, "solver": "dense", "line_search": "loss"}
+        tx = fvp.natural_gradient(1.0, model_fn, head, geodesic=geodesic, **options)
+        params, state = start, tx.init(start)
+        for count in range(1, 101):
+            updates, state = tx.update(gradient(params), state, params, batch=batch, targets=y)
+            params = optax.apply_updates(params, updates)
+            if loss(params) < 1e-12:
+                return count
+        return np.inf
+
+    assert steps(geodesic=True) <= 0.5 * steps(geodesic=False)
+
+
+def test_what_holds_no_linearisation_is_an_error():
+    head, model_fn, params, x, targets, _, values = problem("softmax")
+    gradient = ravel_pytree(params)[1](jnp.asarray(values["gradient"]))
+    tx = fvp.natural_gradient(1.0, model_fn, head, geodesic=True, chunk_size=2)
+    with pytest.raises(ValueError, match="geodesic"):
+        tx.update(gradient, tx.init(params), params, batch=x, targets=targets)
+
+
+@pytest.mark.parametrize("solver", ["dense", "dual"])
+def test_exact_solves_without_damping_stay_above_rounding(solver):
+    """More parameters than residuals: without damping the system is singular."""
+    rng = np.random.default_rng(0)
+    x, y, w = (jnp.asarray(rng.normal(size=s)) for s in ((3, 8), (3, 1), (8, 1)))
+    model_fn, head = lambda w, x: x @ w, fvp.Gaussian()
+    tx = fvp.natural_gradient(1.0, model_fn, head, solver=solver, line_search="loss")
+    gradient = jax.grad(lambda w: head.nll(model_fn(w, x), y).mean())(w)
+    updates, state = tx.update(gradient, tx.init(w), w, batch=x, targets=y)
+    expected = np.linalg.lstsq(x, y - x @ w)[0]  # the least norm that solves it
+    np.testing.assert_allclose(updates, expected, rtol=1e-5)
+    # The dual system of labels has no rounding outside its range that damping would have to hide.
+    eps, trace = np.finfo(float).eps, np.sum(np.square(x)) / 3
+    level = {"dual": 3 * eps, "dense": eps**0.5}[solver]
+    np.testing.assert_allclose(state.damping, level * trace, rtol=1e-5)
