@@ -199,9 +199,9 @@ def _solve(
         direction = cast_like(tree_axpy(rz / c.rz, direction, z), rhs)
 
         iteration = c.iteration + 1
-        phi = c.phi - 0.5 * alpha * slope
-        history = c.history
+        phi, history = c.phi, c.history
         if window:
+            phi = phi - 0.5 * alpha * slope
             k = jnp.clip((iteration + 9) // 10, 10, window)
             before = history[(iteration - k) % (window + 1)]
             small = (phi - before) / phi < k.astype(dtype) * progress_tol
@@ -227,7 +227,8 @@ def _solve(
     x, residual = start()
     z = apply_inverse(residual)
     rr, rz = dot(residual, residual), dot(residual, z)
-    phi = -0.5 * (dot(b, x) + dot(x, residual))
+    # The model's value matters where its progress is watched.
+    phi = -0.5 * (dot(b, x) + dot(x, residual)) if window else jnp.zeros((), dtype)
     converged = jnp.isfinite(rr) & (jnp.sqrt(rr) <= threshold)
     last = jax.lax.while_loop(
         unfinished,

@@ -9,9 +9,9 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Callable
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 from jax import Array
 from jax.flatten_util import ravel_pytree
@@ -47,25 +47,49 @@ def choose_solver(operator: CurvatureOperator) -> str:
 
 @dataclasses.dataclass(frozen=True)
 class CGSystem:
-    """F + Lambda, solved by conjugate gradients.
+    """F + damping D + shift I, solved by conjugate gradients; D = I where ``metric`` is None.
 
-    ``damping`` I is added to ``multiply``, which may hold more of Lambda; ``limits`` are those of
-    :func:`fvp.cg`, and ``M``.
+    With a metric the unknown is y = D^(1/2) x, in (D^(-1/2) (F + shift I) D^(-1/2) + damping I) y =
+    D^(-1/2) b: the same as preconditioning with D, at an inner product less per iteration.
     """
 
     operator: CurvatureOperator
-    multiply: Callable[[Any], Any] | CurvatureOperator
     damping: ArrayLike
-    limits: dict[str, Any]
+    shift: Any  # None for none
+    metric: Any  # pytree of positive entries
+    limits: dict[str, Any]  # of :func:`fvp.cg`
 
     def solve(self, rhs: Any, start: Any, targets: Any) -> tuple[Any, CGInfo]:
-        """The x and its record, from ``start``."""
+        """The x and its record, from ``start``; the curvature in it is that of F."""
         del targets
-        return cg(self.multiply, rhs, damping=self.damping, x0=start, **self.limits)
+        shift = 0.0 if self.shift is None else self.shift
+        if self.metric is None:
+            damping = self.damping + shift
+            return cg(self.operator, rhs, damping=damping, x0=start, **self.limits)
+        narrow = jax.tree.map(jax.lax.rsqrt, self.metric)
+
+        def multiply(v: Any) -> Any:
+            v = _times(narrow, v)
+            product = self.operator.mv(v)
+            return _times(narrow, product if self.shift is None else tree_axpy(shift, v, product))
+
+        if start is not None:
+            start = jax.tree.map(lambda x, n: (x / n).astype(x.dtype), start, narrow)
+        y, info = cg(multiply, _times(narrow, rhs), damping=self.damping, x0=start, **self.limits)
+        x = _times(narrow, y)
+        if self.shift is not None:
+            info = info._replace(curvature=info.curvature - shift * tree_vdot(x, x))
+        return x, info
 
     def solve_outputs(self, u: Array) -> Any:
         """(F + Lambda)^-1 J^T H_L u."""
-        return cg(self.multiply, self.operator.pull(u), damping=self.damping, **self.limits)[0]
+        return self.solve(self.operator.pull(u), None, None)[0]
+
+
+def _times(diagonal: Any, v: Any) -> Any:
+    return jax.tree.map(
+        lambda d, x: (d.astype(wide_dtype(x.dtype)) * x).astype(x.dtype), diagonal, v
+    )
 
 
 @dataclasses.dataclass(frozen=True)

@@ -118,8 +118,7 @@ def _step(
     if isinstance(options.rule, FixedDamping):
         strength = jnp.asarray(options.rule.at(state.count))
     else:
-        unit_gradient = unit(slope_of)
-        rayleigh = lambda: operator.quadratic_form(unit_gradient) + shift
+        rayleigh = lambda: operator.quadratic_form(unit(slope_of)) + shift
         control, strength = options.rule.observe(state.control, slope_of, previous, rayleigh)
         # The exact solvers take damping I.
         metric = options.rule.metric(control) if solver == "cg" else None
@@ -133,20 +132,18 @@ def _step(
         start = jax.tree.map(lambda d: (momentum * d).astype(d.dtype), previous)
     elif options.warm_start:
         start = jax.tree.map(lambda d: (WARM_START_DECAY * d).astype(d.dtype), previous)
-    system = _system(options, solver, operator, strength, shift, metric, data.targets)
+    system = _system(options, solver, operator, strength, metric, data.targets)
     if isinstance(system, ExactSystem):
         strength = system.damping - shift
     solution, info = system.solve(rhs, start, data.targets)
     descent = jnp.isfinite(info.residual_norm) & (info.model_value < 0)
     curvature, damping_term = info.curvature, tree_vdot(solution, _damp(strength, metric, solution))
-    if metric is not None:
-        curvature = curvature - damping_term
     if momentum == "quadratic":
         damp = lambda v: tree_axpy(shift, v, _damp(strength, metric, v))
         solution, product = quadratic_model_step(operator, damp, slope_of, solution, previous)
         curvature = tree_vdot(solution, product)
         damping_term = tree_vdot(solution, _damp(strength, metric, solution))
-    descent &= tree_is_finite(solution)
+        descent &= tree_is_finite(solution)
     correction = None
     if options.geodesic:
         searched = options.line_search == "loss"
@@ -175,7 +172,7 @@ def _step(
         at = moves(params, path, gradient, length)
     record = Step(
         slope=tree_vdot(slope_of, solution),
-        curvature=curvature + shift * tree_vdot(solution, solution),
+        curvature=curvature if l2 is None else curvature + l2 * tree_vdot(solution, solution),
         damping_term=damping_term,
         length=jnp.asarray(length),
     )
@@ -209,23 +206,14 @@ def _step(
 
 
 def _system(
-    options: Options,
-    solver: str,
-    operator: Any,
-    strength: Any,
-    shift: Any,
-    metric: Any,
-    targets: Any,
+    options: Options, solver: str, operator: Any, strength: Any, metric: Any, targets: Any
 ) -> CGSystem | ExactSystem:
-    """The system curvature + strength D + shift I; D = I without a metric."""
-    if solver != "cg":
-        return ExactSystem.of(solver, operator, strength + shift, targets)
-    limits = {"tol": options.tol, "maxiter": options.maxiter}
-    if metric is None:
-        return CGSystem(operator, operator, strength + shift, limits)
-    multiply = lambda v: tree_axpy(1, _damp(strength, metric, v), operator.mv(v))
-    precondition = lambda r: jax.tree.map(lambda x, d: (x / d).astype(x.dtype), r, metric)
-    return CGSystem(operator, multiply, shift, {**limits, "M": precondition})
+    """The system curvature + strength D + l2 I; D = I without a metric."""
+    if solver == "cg":
+        limits = {"tol": options.tol, "maxiter": options.maxiter}
+        return CGSystem(operator, strength, options.l2, metric, limits)
+    shift = 0.0 if options.l2 is None else options.l2
+    return ExactSystem.of(solver, operator, strength + shift, targets)
 
 
 def _damp(strength: Any, metric: Any, v: Any) -> Any:
