@@ -63,6 +63,7 @@ class _Carry(NamedTuple):
     direction: Any  # in the dtypes of rhs
     rz: Array  # residual . M residual
     rr: Array  # residual . residual
+    pp: Array  # direction . direction
     steepest: Array  # largest curvature p^T A p / p^T p met so far
     iteration: Array
     phi: Array  # quadratic model at x
@@ -154,9 +155,8 @@ def _solve(
     progress_tol = jnp.asarray(progress_tol, dtype)
     rounded = any(leaf.dtype != wide_dtype(leaf.dtype) for leaf in jax.tree.leaves(rhs))
 
-    def apply(v: Any) -> Any:
-        product = check_like(multiply(v), rhs, "operator(v)", "rhs")
-        return tree_axpy(damping, widen_tree(v), widen_tree(product))
+    def multiplied(v: Any) -> Any:
+        return widen_tree(check_like(multiply(v), rhs, "operator(v)", "rhs"))
 
     def apply_inverse(r: Any) -> Any:
         return r if M is None else widen_tree(check_like(precondition(r), r, "M(v)", "rhs"))
@@ -174,29 +174,35 @@ def _solve(
         if x0 is None:
             return zeros, b
         x = jax.tree.map(lambda leaf: (leaf / scale).astype(leaf.dtype), widen_tree(x0))
-        residual = tree_axpy(-1, apply(cast_like(x, rhs)), b)
+        x = cast_like(x, rhs)
+        product = tree_axpy(damping, widen_tree(x), multiplied(x))
+        residual = tree_axpy(-1, product, b)
         usable = jnp.isfinite(dot(residual, residual)) & (bb > 0)
         return tree_where(usable, x, zeros), tree_where(usable, residual, b)
 
     def body(c: _Carry) -> _Carry:
         direction = widen_tree(c.direction)
-        product = apply(c.direction)
-        pp, pap = dot(direction, direction), dot(direction, product)
+        product = multiplied(c.direction)
+        # The damping never enters a vector of its own: a pass over memory less.
+        pap = dot(direction, product) + damping * c.pp
         slope = dot(direction, c.residual) if rounded else c.rz
-        steepest = jnp.maximum(c.steepest, pap / pp)
+        steepest = jnp.maximum(c.steepest, pap / c.pp)
         alpha = slope / pap
         x = tree_axpy(alpha, direction, c.x)
-        residual = tree_axpy(-alpha, product, c.residual)
+        residual = tree_axpy(-alpha, tree_axpy(damping, direction, product), c.residual)
         rr = dot(residual, residual)
         # Below this the curvature is rounding: dividing by it would throw x along a null direction.
-        flat = pap <= 4 * jnp.finfo(dtype).eps * steepest * pp
+        flat = pap <= 4 * jnp.finfo(dtype).eps * steepest * c.pp
         good = ~flat & jnp.isfinite(alpha) & jnp.isfinite(rr)
 
         z = apply_inverse(residual)
         rz = rr if M is None else dot(residual, z)
         converged = good & (jnp.sqrt(rr) <= threshold)
         usable = jnp.isfinite(rz) & (rz > 0)  # else M is not positive definite
-        direction = cast_like(tree_axpy(rz / c.rz, direction, z), rhs)
+        beta = rz / c.rz
+        direction = cast_like(tree_axpy(beta, direction, z), rhs)
+        # The residual is orthogonal to the last direction.
+        pp = rr + beta * beta * c.pp if M is None else dot(direction, direction)
 
         iteration = c.iteration + 1
         phi, history = c.phi, c.history
@@ -213,6 +219,7 @@ def _solve(
             direction=direction,
             rz=rz,
             rr=jnp.where(good, rr, c.rr),
+            pp=pp,
             steepest=steepest,
             iteration=iteration,
             phi=phi,
@@ -239,6 +246,7 @@ def _solve(
             direction=cast_like(z, rhs),
             rz=rz,
             rr=rr,
+            pp=rr if M is None else dot(z, z),
             steepest=jnp.zeros((), dtype),
             iteration=jnp.zeros((), jnp.int32),
             phi=phi,

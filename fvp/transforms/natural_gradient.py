@@ -258,6 +258,8 @@ def _transform(
     adaptive = isinstance(damping, LevenbergMarquardt)
     if momentum is None and adaptive:
         momentum = _MOMENTUM
+    elif isinstance(momentum, (int, float)) and momentum == 0:
+        momentum = None
     return build_transform(
         Options(
             model_fn=model_fn,
