@@ -44,7 +44,10 @@ class Task:
 
     def loss(self, params: Any, inputs: Any, targets: Any, weights: Any = None) -> jax.Array:
         """The training loss without constants."""
-        z = self.model_fn(params, inputs)
+        return self.loss_of(self.model_fn(params, inputs), targets, weights)
+
+    def loss_of(self, z: jax.Array, targets: Any, weights: Any = None) -> jax.Array:
+        """The same of the model's output."""
         if self.head == "softmax":
             picked = jnp.take_along_axis(z, targets[..., None], axis=-1)[..., 0]
             nll = jax.nn.logsumexp(z, axis=-1) - picked
