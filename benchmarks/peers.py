@@ -36,7 +36,7 @@ class Method:
 
     init: Callable[[Any, Any], Any]  # params, batch -> state
     step: Callable[[Any, Any, Iterator[Any]], tuple[Any, Any]]  # params, state, batches
-    products: Callable[[Any], int] = lambda state: 0  # by the curvature, up to this state
+    products: Callable[[Any], float] = lambda state: math.nan  # CG iterations so far, where known
     warm_up: int = 1  # steps after which everything is compiled
 
 
@@ -78,6 +78,7 @@ def first_order(task: Task, tx: optax.GradientTransformation) -> Method:
     return Method(
         init=lambda params, batch: tx.init(params),
         step=lambda params, state, batches: step(params, state, next(batches)),
+        products=lambda state: 0,
     )
 
 
@@ -229,7 +230,7 @@ def race(
     loss = jax.jit(task.loss)
     params, batches = fresh(), task.batches(seed)
     state = method.init(params, next(task.batches(seed)))
-    curve = [(0, 0.0, 0, float(loss(params, *evaluation)))]
+    curve = [(0, 0.0, 0.0, float(loss(params, *evaluation)))]
     stops = np.unique(np.geomspace(1, steps, EVALUATIONS).round().astype(int)).tolist()
     elapsed = 0.0
     for before, stop in zip([0, *stops], stops, strict=False):
