@@ -19,6 +19,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from tasks import TASKS
 
 import fvp
 
@@ -104,44 +105,47 @@ def digits(steps: int = 20) -> list[float]:
     return losses
 
 
-def autoencoder_cg(dampings: tuple[float, ...] = (1e-4, 1e-5, 1e-6)) -> list[dict[str, float]]:
-    """CG iterations to 1e-3 on a deep autoencoder of curve images, with and without K-FAC."""
-    rng = np.random.default_rng(0)
-    sizes = [196, 100, 50, 25, 6, 25, 50, 100, 196]
-    t = np.linspace(0, 1, 60)
-    points = rng.uniform(size=(1000, 3, 2))
-    curve = np.einsum("bk,nkd->nbd", np.stack([(1 - t) ** 2, 2 * t * (1 - t), t**2], 1), points)
-    grid = np.stack(np.meshgrid(*[np.linspace(0, 1, 14)] * 2, indexing="ij"), -1).reshape(-1, 2)
-    distance = ((curve[:, :, None] - grid[None, None]) ** 2).sum(-1).min(1)
-    x = jnp.asarray(np.exp(-distance / 0.003), jnp.float32)
-    head, params = fvp.Sigmoid(), mlp(sizes)
-    tx = fvp.scale_by_kfac(apply, head)
-    rows = []
+def preconditioned_cg(name: str, maxiter: int = 600) -> list[dict[str, float]]:
+    """CG iterations to 1e-3 on a task of tasks.py, with and without K-FAC, as training goes on."""
+    task = TASKS[name]()
+    head = {"softmax": fvp.Softmax(), "sigmoid": fvp.Sigmoid()}[task.head]
+    model_fn, batches = task.model_fn, task.batches(0)
+    tx = fvp.natural_gradient(1.0, model_fn, head)
 
     @jax.jit
-    def step(params: Any, state: Any) -> Any:
-        gradient = jax.grad(lambda p: head.nll(apply(p, x), x).mean())(params)
-        updates, state = tx.update(gradient, state, params, batch=x, targets=x)
-        return jax.tree.map(jnp.subtract, params, updates), state
+    def step(params: Any, state: Any, batch: Any) -> Any:
+        inputs, targets, _ = batch
+        operator = fvp.fisher(model_fn, head, params, inputs)
+        _, gradient = operator.value_and_grad(targets)
+        data = {"operator": operator, "batch": inputs, "targets": targets}
+        updates, state = tx.update(gradient, state, params, **data)
+        return jax.tree.map(jnp.add, params, updates), state
 
-    state = tx.init(params)
-    for trained in (0, 10):
+    @jax.jit
+    def iterations(params: Any, batch: Any, damping: Any) -> Any:
+        inputs, targets, _ = batch
+        operator = fvp.fisher(model_fn, head, params, inputs)
+        _, gradient = operator.value_and_grad(targets)
+        factors = fvp.kfac(model_fn, head, params, inputs, key=jax.random.key(0))
+        options: dict[str, Any] = {"damping": damping, "tol": 1e-3, "maxiter": maxiter}
+        _, plain = fvp.cg(operator, gradient, **options)
+        _, kfac = fvp.cg(operator, gradient, M=factors.inverse(damping), **options)
+        return plain.iterations, kfac.iterations
+
+    params = jax.tree.map(jnp.asarray, task.init(0))
+    state, rows = tx.init(params), []
+    for trained in (0, 20):
         for _ in range(trained):
-            params, state = step(params, state)
-        operator = fvp.fisher(apply, head, params, x)
-        _, gradient = operator.value_and_grad(x)
-        factors = fvp.kfac(apply, head, params, x, key=jax.random.key(0))
-        for damping in dampings:
-            options: dict[str, Any] = {"damping": damping, "tol": 1e-3, "maxiter": 2000}
-            _, plain = fvp.cg(operator, gradient, **options)
-            _, kfac = fvp.cg(operator, gradient, M=factors.inverse(damping), **options)
-            rows.append(
-                {
-                    "steps": trained,
-                    "damping": damping,
-                    "plain": int(plain.iterations),
-                    "kfac": int(kfac.iterations),
-                }
+            params, state = step(params, state, next(batches))
+        batch = next(batches)
+        for damping in (1e-4, 1e-6):
+            plain, kfac = map(int, iterations(params, batch, damping))
+            setting = {"task": name, "steps": trained, "damping": damping}
+            rows.append({**setting, "plain": plain, "kfac": kfac})
+            print(
+                f"{name} after {trained} steps, damping {damping:.0e}: CG in {plain} iterations"
+                f" (at most {maxiter}), with K-FAC {kfac}",
+                flush=True,
             )
     return rows
 
@@ -159,12 +163,7 @@ def main() -> None:
         )
     losses = digits()
     print(f"digits, full batch: {losses[9]:.1e} after 10 steps, {losses[19]:.1e} after 20")
-    solves = autoencoder_cg()
-    for row in solves:
-        print(
-            f"autoencoder after {row['steps']} steps, damping {row['damping']:.0e}: CG in"
-            f" {row['plain']} iterations, with K-FAC {row['kfac']}"
-        )
+    solves = [row for name in ("curves", "transformer") for row in preconditioned_cg(name)]
     arguments.output.parent.mkdir(parents=True, exist_ok=True)
     arguments.output.write_text(
         json.dumps({"costs": table, "digits": losses, "cg": solves}, indent=1)

@@ -8,6 +8,8 @@ from typing import Any
 
 import jax
 
+from fvp.curvature.convolutions import fast_convolutions
+
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
@@ -30,10 +32,11 @@ class Linearization:
     def jvp(self, v: Any) -> Any:
         """J v; ``v`` like the parameters."""
         # The pullback returns a one-tuple, and so its transpose takes and returns one.
-        (u,) = jax.linear_transpose(self.pullback, self.output)((v,))
+        transpose = lambda v: jax.linear_transpose(self.pullback, self.output)((v,))
+        (u,) = fast_convolutions(transpose)(v)
         return u
 
     def vjp(self, u: Any) -> Any:
         """J^T u; ``u`` like the output."""
-        (v,) = self.pullback(u)
+        (v,) = fast_convolutions(self.pullback)(u)
         return v

@@ -16,6 +16,7 @@ import jax.numpy as jnp
 from jax.core import Tracer
 from jax.extend.core import Literal
 
+from fvp.jaxprs import bind
 from fvp.layers import control_flow
 from fvp.layers.place_rules import AnyPlace, Place
 from fvp.layers.places import inner_jaxpr, propagate
@@ -152,12 +153,7 @@ class Interpreter:
         return list(zip(*columns, strict=True)) if columns else [()] * len(eqn.outvars)
 
     def _bind(self, eqn: Any, inputs: list[Value], places: Any, trained: bool) -> list[Value]:
-        bound = eqn.primitive.get_bind_params(eqn.params)
-        # Up to jax 0.10.0 the functions come apart from the other parameters.
-        functions, params = bound if isinstance(bound, tuple) else ((), bound)
-        with eqn.ctx.manager:
-            out = eqn.primitive.bind(*functions, *(value.x for value in inputs), **params)
-        out = out if eqn.primitive.multiple_results else [out]
+        out = bind(eqn, [value.x for value in inputs])
         return [Value(x, p, trained=trained) for x, p in zip(out, places, strict=True)]
 
     def take_taps(self, records: Sequence[Any]) -> Any:
