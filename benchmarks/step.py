@@ -12,6 +12,7 @@ loops counted as often as they run. Without somax its rows are left out.
 from __future__ import annotations
 
 import argparse
+import importlib
 import importlib.util
 from collections.abc import Callable
 from typing import Any
@@ -42,9 +43,7 @@ def natural_gradient(model_fn: Callable[..., Any], **options: Any) -> tuple[Any,
 
 def somax(model_fn: Callable[..., Any], **options: Any) -> tuple[Any, Any]:
     """``init`` and ``step`` of somax's Gauss-Newton method."""
-    import somax
-
-    method = somax.sgn_ce(
+    method = importlib.import_module("somax").sgn_ce(
         predict_fn=model_fn, maxiter=ITERATIONS, tol=0.0, lam0=0.1, warm_start=False, **options
     )
 
