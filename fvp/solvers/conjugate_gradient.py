@@ -63,7 +63,6 @@ class _Carry(NamedTuple):
     direction: Any  # in the dtypes of rhs
     rz: Array  # residual . M residual
     rr: Array  # residual . residual
-    pp: Array  # direction . direction
     steepest: Array  # largest curvature p^T A p / p^T p met so far
     iteration: Array
     phi: Array  # quadratic model at x
@@ -155,8 +154,9 @@ def _solve(
     progress_tol = jnp.asarray(progress_tol, dtype)
     rounded = any(leaf.dtype != wide_dtype(leaf.dtype) for leaf in jax.tree.leaves(rhs))
 
-    def multiplied(v: Any) -> Any:
-        return widen_tree(check_like(multiply(v), rhs, "operator(v)", "rhs"))
+    def apply(v: Any) -> Any:
+        product = check_like(multiply(v), rhs, "operator(v)", "rhs")
+        return tree_axpy(damping, widen_tree(v), widen_tree(product))
 
     def apply_inverse(r: Any) -> Any:
         return r if M is None else widen_tree(check_like(precondition(r), r, "M(v)", "rhs"))
@@ -174,40 +174,34 @@ def _solve(
         if x0 is None:
             return zeros, b
         x = jax.tree.map(lambda leaf: (leaf / scale).astype(leaf.dtype), widen_tree(x0))
-        x = cast_like(x, rhs)
-        product = tree_axpy(damping, widen_tree(x), multiplied(x))
-        residual = tree_axpy(-1, product, b)
+        residual = tree_axpy(-1, apply(cast_like(x, rhs)), b)
         usable = jnp.isfinite(dot(residual, residual)) & (bb > 0)
         return tree_where(usable, x, zeros), tree_where(usable, residual, b)
 
     def body(c: _Carry) -> _Carry:
         direction = widen_tree(c.direction)
-        product = multiplied(c.direction)
-        # The damping never enters a vector of its own: a pass over memory less.
-        pap = dot(direction, product) + damping * c.pp
+        product = apply(c.direction)
+        pp, pap = dot(direction, direction), dot(direction, product)
         slope = dot(direction, c.residual) if rounded else c.rz
-        steepest = jnp.maximum(c.steepest, pap / c.pp)
+        steepest = jnp.maximum(c.steepest, pap / pp)
         alpha = slope / pap
         x = tree_axpy(alpha, direction, c.x)
-        residual = tree_axpy(-alpha, tree_axpy(damping, direction, product), c.residual)
+        residual = tree_axpy(-alpha, product, c.residual)
         rr = dot(residual, residual)
         # Below this the curvature is rounding: dividing by it would throw x along a null direction.
-        flat = pap <= 4 * jnp.finfo(dtype).eps * steepest * c.pp
+        flat = pap <= 4 * jnp.finfo(dtype).eps * steepest * pp
         good = ~flat & jnp.isfinite(alpha) & jnp.isfinite(rr)
 
         z = apply_inverse(residual)
         rz = rr if M is None else dot(residual, z)
         converged = good & (jnp.sqrt(rr) <= threshold)
         usable = jnp.isfinite(rz) & (rz > 0)  # else M is not positive definite
-        beta = rz / c.rz
-        direction = cast_like(tree_axpy(beta, direction, z), rhs)
-        # The residual is orthogonal to the last direction.
-        pp = rr + beta * beta * c.pp if M is None else dot(direction, direction)
+        direction = cast_like(tree_axpy(rz / c.rz, direction, z), rhs)
 
         iteration = c.iteration + 1
-        phi, history = c.phi, c.history
+        phi = c.phi - 0.5 * alpha * slope
+        history = c.history
         if window:
-            phi = phi - 0.5 * alpha * slope
             k = jnp.clip((iteration + 9) // 10, 10, window)
             before = history[(iteration - k) % (window + 1)]
             small = (phi - before) / phi < k.astype(dtype) * progress_tol
@@ -219,7 +213,6 @@ def _solve(
             direction=direction,
             rz=rz,
             rr=jnp.where(good, rr, c.rr),
-            pp=pp,
             steepest=steepest,
             iteration=iteration,
             phi=phi,
@@ -234,8 +227,7 @@ def _solve(
     x, residual = start()
     z = apply_inverse(residual)
     rr, rz = dot(residual, residual), dot(residual, z)
-    # The model's value matters where its progress is watched.
-    phi = -0.5 * (dot(b, x) + dot(x, residual)) if window else jnp.zeros((), dtype)
+    phi = -0.5 * (dot(b, x) + dot(x, residual))
     converged = jnp.isfinite(rr) & (jnp.sqrt(rr) <= threshold)
     last = jax.lax.while_loop(
         unfinished,
@@ -246,7 +238,6 @@ def _solve(
             direction=cast_like(z, rhs),
             rz=rz,
             rr=rr,
-            pp=rr if M is None else dot(z, z),
             steepest=jnp.zeros((), dtype),
             iteration=jnp.zeros((), jnp.int32),
             phi=phi,
