@@ -43,8 +43,27 @@ def tree_vdot(a: Any, b: Any) -> Array:
     ``jnp.sum(a * b)`` and not ``jnp.vdot``: the latter flattens its arguments, which a leaf that is
     sharded over an explicit mesh refuses, and it accumulates bfloat16 in bfloat16.
     """
-    products = jax.tree.map(lambda x, y: jnp.sum(widen(x) * widen(y)), a, b)
+    products = jax.tree.map(lambda x, y: sum_entries(widen(x) * widen(y)), a, b)
     return sum(jax.tree.leaves(products), jnp.zeros((), jnp.float32))
+
+
+def sum_entries(x: Array) -> Array:
+    """The sum of all entries; on CPU, where it can, by a matrix-vector product with ones.
+
+    XLA sums one entry at a time on CPU (1.2 ns each, measured), since reordering would change the
+    result; its matrix products run in vector registers, four times as fast.
+    """
+    rows_are_long = x.ndim >= 2 and x.shape[-1] >= 32
+    if rows_are_long and jax.default_backend() == "cpu" and _last_axis_is_whole(x):
+        ones = jnp.ones(x.shape[-1], x.dtype)
+        x = jnp.matmul(x, ones, precision=jax.lax.Precision.HIGHEST)
+    return jnp.sum(x)
+
+
+def _last_axis_is_whole(x: Array) -> bool:
+    """Whether no Explicit mesh axis splits the rows of ``x``."""
+    spec = getattr(jax.typeof(x).sharding, "spec", None)
+    return not spec or len(spec) < x.ndim or spec[-1] is None
 
 
 def tree_axpy(scale: Any, x: Any, y: Any) -> Any:
@@ -65,8 +84,16 @@ def tree_zeros_like(tree: Any) -> Any:
 
 def tree_norm(tree: Any) -> Array:
     """Euclidean norm, also where the squares would leave the range of floats."""
+    squares = tree_vdot(tree, tree)
+    info = jnp.finfo(squares.dtype)
+    exact = (squares > info.tiny / info.eps) & (squares < info.max)
+    return jax.lax.cond(exact, lambda: jnp.sqrt(squares), lambda: _scaled_norm(tree, info.dtype))
+
+
+def _scaled_norm(tree: Any, dtype: Any) -> Array:
+    """Euclidean norm of a tree divided by its largest entry first."""
     peaks = [jnp.max(jnp.abs(widen(leaf)), initial=0) for leaf in jax.tree.leaves(tree)]
-    peak = jnp.max(jnp.stack(jnp.broadcast_arrays(*peaks))) if peaks else jnp.zeros(())
+    peak = jnp.max(jnp.stack([jnp.asarray(peak, dtype) for peak in [0, *peaks]]))
     safe = jnp.where((peak > 0) & jnp.isfinite(peak), peak, 1)
     scaled = jax.tree.map(lambda x: widen(x) / safe, tree)
     return safe * jnp.sqrt(tree_vdot(scaled, scaled))

@@ -88,6 +88,15 @@ def test_chunks_cost_at_most_half_as_much_again():
     assert whole < solve_flops(1024, 256) <= 1.5 * whole
 
 
+def test_a_solve_holds_four_vectors_beside_its_solution():
+    # Residual, direction, product, next residual; another means that XLA copies one in every pass.
+    def solve(matrix, rhs):
+        return fvp.cg(lambda v: matrix @ v, rhs, damping=0.1, tol=0, maxiter=ITERATIONS)
+
+    rhs = array(64, 4096)
+    assert temporary_bytes(solve, array(64, 64), rhs) <= 4.05 * total_bytes(rhs)
+
+
 # --- Large vocabularies -----------------------------------------------------------------------
 
 VOCABULARY, WIDTH, ROWS = 32_768, 8, 128

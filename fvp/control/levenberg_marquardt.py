@@ -12,7 +12,7 @@ from jax import Array
 from jax.core import Tracer
 
 from fvp.control.record import Outcome, Step
-from fvp.numerics import tree_norm, tree_vdot
+from fvp.numerics import sum_entries, tree_norm, tree_vdot
 
 # Errors of the quadratic model over 1/2 s^T (A + damping) s. The classical thresholds on the
 # reduction ratio (1/4, 3/4) let small batches be fitted to the last digit and raise the loss
@@ -165,7 +165,7 @@ def _three_quarters(x: Array) -> Array:
 def _over_mean(tree: Any) -> Any:
     """Every entry over the mean of all of them; ones where that is zero."""
     leaves = jax.tree.leaves(tree)
-    total = sum((jnp.sum(leaf) for leaf in leaves), jnp.zeros((), jnp.float32))
+    total = sum((sum_entries(leaf) for leaf in leaves), jnp.zeros((), jnp.float32))
     mean = total / max(1, sum(leaf.size for leaf in leaves))
     usable = (mean > 0) & jnp.isfinite(mean)
     return jax.tree.map(lambda s: jnp.where(usable, s / jnp.where(usable, mean, 1), 1), tree)

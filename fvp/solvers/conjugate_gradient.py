@@ -1,9 +1,9 @@
 """Conjugate gradients on pytrees.
 
 Differences from the textbook, and why:
-- The right-hand side is divided by a power of two near its largest entry first and the solution
-  multiplied back, so that nothing under- or overflows late in training, and scaling the right-hand
-  side by a power of two scales the solution to the last bit. There is no absolute epsilon.
+- The right-hand side is divided by a power of two near its norm first and the solution multiplied
+  back, so that nothing under- or overflows late in training, and scaling the right-hand side by a
+  power of two scales the solution to the last bit. There is no absolute epsilon.
 - Vectors and inner products are kept in float32 or wider, whatever the dtype of the leaves; the
   search direction alone is rounded to it, so that the product is of the direction that x moves in.
 - A curvature that is not positive, or a value that is not finite, ends the solve at the last good
@@ -29,6 +29,7 @@ from fvp.numerics import (
     cast_like,
     power_of_two,
     tree_axpy,
+    tree_norm,
     tree_vdot,
     tree_where,
     tree_zeros_like,
@@ -60,12 +61,15 @@ class CGInfo(NamedTuple):
 class _Carry(NamedTuple):
     x: Any
     residual: Any
-    direction: Any  # in the dtypes of rhs
-    rz: Array  # residual . M residual
+    z: Any  # M residual; () without M
+    direction: Any  # the last one, in the dtypes of rhs
+    beta: Array  # how much of it the next one keeps
+    rz: Array  # residual . z
     rr: Array  # residual . residual
+    pp: Array  # direction . direction
     steepest: Array  # largest curvature p^T A p / p^T p met so far
     iteration: Array
-    phi: Array  # quadratic model at x
+    phi: Array  # quadratic model at x, by its recurrence: b need not be kept for it
     history: Array  # ring buffer of phi
     converged: Array
     breakdown: Array
@@ -154,9 +158,8 @@ def _solve(
     progress_tol = jnp.asarray(progress_tol, dtype)
     rounded = any(leaf.dtype != wide_dtype(leaf.dtype) for leaf in jax.tree.leaves(rhs))
 
-    def apply(v: Any) -> Any:
-        product = check_like(multiply(v), rhs, "operator(v)", "rhs")
-        return tree_axpy(damping, widen_tree(v), widen_tree(product))
+    def multiplied(v: Any) -> Any:
+        return widen_tree(check_like(multiply(v), rhs, "operator(v)", "rhs"))
 
     def apply_inverse(r: Any) -> Any:
         return r if M is None else widen_tree(check_like(precondition(r), r, "M(v)", "rhs"))
@@ -164,7 +167,7 @@ def _solve(
     def dot(a: Any, b: Any) -> Array:
         return tree_vdot(a, b).astype(dtype)
 
-    scale = _magnitude(rhs, dtype)
+    scale = power_of_two(tree_norm(rhs).astype(dtype))
     b = jax.tree.map(lambda leaf: (leaf / scale).astype(leaf.dtype), widen_tree(rhs))
     bb = dot(b, b)
     threshold = jnp.maximum(tol * jnp.sqrt(bb), atol / scale).astype(dtype)
@@ -174,33 +177,39 @@ def _solve(
         if x0 is None:
             return zeros, b
         x = jax.tree.map(lambda leaf: (leaf / scale).astype(leaf.dtype), widen_tree(x0))
-        residual = tree_axpy(-1, apply(cast_like(x, rhs)), b)
+        x = cast_like(x, rhs)
+        product = tree_axpy(damping, widen_tree(x), multiplied(x))
+        residual = tree_axpy(-1, product, b)
         usable = jnp.isfinite(dot(residual, residual)) & (bb > 0)
         return tree_where(usable, x, zeros), tree_where(usable, residual, b)
 
     def body(c: _Carry) -> _Carry:
-        direction = widen_tree(c.direction)
-        product = apply(c.direction)
-        pp, pap = dot(direction, direction), dot(direction, product)
+        # The direction comes first, so that the last one is dead and XLA overwrites it in place.
+        z = c.residual if M is None else c.z
+        stored = cast_like(tree_axpy(c.beta, widen_tree(c.direction), z), rhs)
+        direction, product = widen_tree(stored), multiplied(stored)
+        # The residual is orthogonal to the last direction.
+        pp = c.rr + c.beta * c.beta * c.pp if M is None else dot(direction, direction)
+        # The damping never enters a vector of its own: a pass over memory less.
+        pap = dot(direction, product) + damping * pp
         slope = dot(direction, c.residual) if rounded else c.rz
         steepest = jnp.maximum(c.steepest, pap / pp)
         alpha = slope / pap
-        x = tree_axpy(alpha, direction, c.x)
-        residual = tree_axpy(-alpha, product, c.residual)
-        rr = dot(residual, residual)
         # Below this the curvature is rounding: dividing by it would throw x along a null direction.
         flat = pap <= 4 * jnp.finfo(dtype).eps * steepest * pp
-        good = ~flat & jnp.isfinite(alpha) & jnp.isfinite(rr)
+        good = ~flat & jnp.isfinite(alpha)
+        moved = tree_axpy(-alpha, tree_axpy(damping, direction, product), c.residual)
+        residual = tree_where(good, moved, c.residual)
+        rr = dot(residual, residual)
+        good &= jnp.isfinite(rr)
 
         z = apply_inverse(residual)
         rz = rr if M is None else dot(residual, z)
         converged = good & (jnp.sqrt(rr) <= threshold)
         usable = jnp.isfinite(rz) & (rz > 0)  # else M is not positive definite
-        direction = cast_like(tree_axpy(rz / c.rz, direction, z), rhs)
 
         iteration = c.iteration + 1
-        phi = c.phi - 0.5 * alpha * slope
-        history = c.history
+        phi, history = c.phi - 0.5 * alpha * slope, c.history
         if window:
             k = jnp.clip((iteration + 9) // 10, 10, window)
             before = history[(iteration - k) % (window + 1)]
@@ -208,14 +217,17 @@ def _solve(
             converged |= good & (iteration > k) & (phi < 0) & small
             history = history.at[iteration % (window + 1)].set(phi)
         return _Carry(
-            x=tree_where(good, x, c.x),
-            residual=tree_where(good, residual, c.residual),
-            direction=direction,
+            x=tree_where(good, tree_axpy(alpha, direction, c.x), c.x),
+            residual=residual,
+            z=() if M is None else z,
+            direction=stored,
+            beta=rz / c.rz,
             rz=rz,
             rr=jnp.where(good, rr, c.rr),
+            pp=pp,
             steepest=steepest,
             iteration=iteration,
-            phi=phi,
+            phi=jnp.where(good, phi, c.phi),
             history=history,
             converged=converged,
             breakdown=~good | (~converged & ~usable),
@@ -227,7 +239,7 @@ def _solve(
     x, residual = start()
     z = apply_inverse(residual)
     rr, rz = dot(residual, residual), dot(residual, z)
-    phi = -0.5 * (dot(b, x) + dot(x, residual))
+    phi = jnp.zeros((), dtype) if x0 is None else -0.5 * (dot(b, x) + dot(x, residual))
     converged = jnp.isfinite(rr) & (jnp.sqrt(rr) <= threshold)
     last = jax.lax.while_loop(
         unfinished,
@@ -235,9 +247,12 @@ def _solve(
         _Carry(
             x=x,
             residual=residual,
-            direction=cast_like(z, rhs),
+            z=() if M is None else z,
+            direction=tree_zeros_like(rhs),
+            beta=jnp.zeros((), dtype),
             rz=rz,
             rr=rr,
+            pp=jnp.zeros((), dtype),
             steepest=jnp.zeros((), dtype),
             iteration=jnp.zeros((), jnp.int32),
             phi=phi,
@@ -246,8 +261,9 @@ def _solve(
             breakdown=~converged & ~(jnp.isfinite(rz) & (rz > 0)),
         ),
     )
-    # With A x = b - r both values follow from the vectors at hand, without a product.
-    bx, xr, xx = dot(b, last.x), dot(last.x, last.residual), dot(last.x, last.x)
+    # (A + damping I) x = b - r, so its quadratic form is -2 phi - 2 x^T r, without a product.
+    xr, xx = dot(last.x, last.residual), dot(last.x, last.x)
+    xr = jnp.where(jnp.isfinite(xr), xr, 0)  # a residual that overflowed ended the solve
     x = jax.tree.map(lambda leaf: (leaf * scale).astype(leaf.dtype), last.x)
     x = cast_like(x, rhs)
     representable = jnp.array(True)
@@ -258,8 +274,8 @@ def _solve(
         residual_norm=jnp.sqrt(last.rr) * scale,
         converged=last.converged & representable,
         breakdown=last.breakdown | ~representable,
-        model_value=-0.5 * (bx + xr) * scale * scale,
-        curvature=(bx - xr - damping * xx) * scale * scale,
+        model_value=last.phi * scale * scale,
+        curvature=(-2 * (last.phi + xr) - damping * xx) * scale * scale,
     )
     return tree_where(representable, x, tree_zeros_like(x)), info
 
@@ -278,9 +294,3 @@ def _iteration_limit(rhs: Any, maxiter: Any) -> tuple[Any, int]:
     if maxiter != int(maxiter) or maxiter < 0:
         raise ValueError(f"maxiter: expected an integer of 0 or more, got {maxiter}.")
     return int(maxiter), min(max(10, -(-int(maxiter) // 10)), 2**20)
-
-
-def _magnitude(tree: Any, dtype: Any) -> Array:
-    """The power of two next below the largest entry of ``tree``; 1 if that is 0 or not finite."""
-    peaks = [jnp.max(jnp.abs(leaf), initial=0).astype(dtype) for leaf in jax.tree.leaves(tree)]
-    return power_of_two(jnp.max(jnp.stack(peaks)) if peaks else jnp.zeros((), dtype))
