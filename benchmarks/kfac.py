@@ -1,6 +1,7 @@
-"""Layer capture in numbers: cost in gradients, K-FAC on digits, and CG preconditioned by it.
+"""Layer capture in numbers: cost in gradients, K-FAC beside kfac-jax, CG preconditioned by K-FAC.
 
     python benchmarks/kfac.py
+    python benchmarks/kfac.py --parts peer
 
 Flops come from the compiled programs, so they mean the same on every machine; LAPACK's eigen- and
 Cholesky decompositions are not counted in them. Seconds are of one run.
@@ -9,9 +10,10 @@ Cholesky decompositions are not counted in them. Seconds are of one run.
 from __future__ import annotations
 
 import argparse
-import itertools
 import json
 import pathlib
+import shutil
+import sys
 import time
 from collections.abc import Callable
 from typing import Any
@@ -19,51 +21,39 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from tasks import TASKS
+from jax.flatten_util import ravel_pytree
+from no_tuning import Runner, environment
+from peers import METHODS, candidates, head_of
+from tasks import TASKS, UNTRAINABLE, init_mlp, mlp, transformer
+from tqdm import tqdm
 
 import fvp
 
 HEAD = fvp.Softmax()
 
 
-def mlp(sizes: list[int], seed: int = 0) -> Any:
-    """Parameters of a tanh network with standard deviation 1/sqrt(fan-in)."""
-    rng = np.random.default_rng(seed)
-    return [
-        (jnp.asarray(rng.normal(size=(a, b)) / np.sqrt(a), jnp.float32), jnp.zeros(b))
-        for a, b in itertools.pairwise(sizes)
-    ]
-
-
-def apply(params: Any, x: jax.Array) -> jax.Array:
-    """Tanh network."""
-    for w, b in params[:-1]:
-        x = jnp.tanh(x @ w + b)
-    return x @ params[-1][0] + params[-1][1]
-
-
 def costs() -> dict[str, dict[str, float]]:
     """Flops in gradients, temporary memory and compile time, on 784-512-512-10 at batch 256."""
     rng = np.random.default_rng(0)
-    params = mlp([784, 512, 512, 10])
+    params = jax.tree.map(jnp.asarray, init_mlp((784, 512, 512, 10), 0))
     x = jnp.asarray(rng.normal(size=(256, 784)), jnp.float32)
     y = jnp.asarray(rng.integers(0, 10, 256))
     key = jax.random.key(0)
-    gradient = jax.grad(lambda p, x: HEAD.nll(apply(p, x), y).mean())
-    tx = fvp.scale_by_kfac(apply, HEAD)
+    gradient = jax.grad(lambda p, x: HEAD.nll(mlp(p, x), y).mean())
+    tx = fvp.scale_by_kfac(mlp, HEAD)
 
     def dual(p: Any, x: jax.Array) -> Any:
-        return fvp.solve_dual(fvp.fisher(apply, HEAD, p, x), p, 1e-3)
+        return fvp.solve_dual(fvp.fisher(mlp, HEAD, p, x), p, 1e-3)
 
     def step(p: Any, x: jax.Array) -> Any:
         return tx.update(gradient(p, x), tx.init(p), p, batch=x, targets=y)
 
     programs: dict[str, Callable[..., Any]] = {
         "gradient": gradient,
-        "diagonal": lambda p, x: fvp.fisher_diagonal(apply, HEAD, p, x),
-        "diagonal, Monte Carlo": lambda p, x: fvp.fisher_diagonal(apply, HEAD, p, x, key=key),
-        "kfac": lambda p, x: fvp.kfac(apply, HEAD, p, x),
-        "kfac, Monte Carlo": lambda p, x: fvp.kfac(apply, HEAD, p, x, key=key),
+        "diagonal": lambda p, x: fvp.fisher_diagonal(mlp, HEAD, p, x),
+        "diagonal, Monte Carlo": lambda p, x: fvp.fisher_diagonal(mlp, HEAD, p, x, key=key),
+        "kfac": lambda p, x: fvp.kfac(mlp, HEAD, p, x),
+        "kfac, Monte Carlo": lambda p, x: fvp.kfac(mlp, HEAD, p, x, key=key),
         "dual solve": dual,
         "scale_by_kfac step": step,
     }
@@ -83,91 +73,142 @@ def costs() -> dict[str, dict[str, float]]:
     return rows
 
 
-def digits(steps: int = 20) -> list[float]:
-    """Training loss of 64-128-10 on scikit-learn's digits, full batch, all defaults."""
-    from sklearn.datasets import load_digits
+def beside_kfac_jax(output: pathlib.Path) -> dict[str, dict[str, Any]]:
+    """Losses on digits full batch, cost of a step and compile time, in processes of their own.
 
-    images, labels = load_digits(return_X_y=True)
-    x, y = jnp.asarray(images / 8 - 1, jnp.float32), jnp.asarray(labels)
-    params, losses = mlp([64, 128, 10]), []
-    tx = fvp.scale_by_kfac(apply, HEAD)
-    loss = jax.jit(lambda p: HEAD.nll(apply(p, x), y).mean())
+    kfac-jax runs in an environment that is made for it, with every candidate of its options; its
+    cost is that of the documented ones.
+    """
+    shutil.rmtree(output / "runs", ignore_errors=True)
+    with tqdm(unit="run") as progress:
+        train = Runner("digits", 20, output, progress)
+        cost = Runner("wide", UNTRAINABLE["wide"]().steps, output, progress)
+        python = environment("kfac-jax", output)
+        gradient = seconds_per_step(cost.run("sgd", {"learning_rate": 0.01}))
+        rows: dict[str, dict[str, Any]] = {}
+        for name, interpreter in (("fvp-kfac", sys.executable), ("kfac-jax", python)):
+            grid = candidates(name, TASKS["digits"]()) if name == "kfac-jax" else [{}]
+            curves = [train.run(name, options, python=interpreter)["curve"] for options in grid]
+            timed = cost.run(name, grid[0], python=interpreter)
+            rows[name] = {
+                f"loss after {step}": min(
+                    point[-1] for curve in curves for point in curve if point[0] == step
+                )
+                for step in (10, 20)
+            }
+            rows[name]["gradients per step"] = seconds_per_step(timed) / gradient
+            rows[name]["compile_seconds"] = timed["compile_seconds"]
+    return rows
 
-    @jax.jit
-    def step(params: Any, state: Any) -> Any:
-        updates, state = tx.update(jax.grad(loss)(params), state, params, batch=x, targets=y)
-        return jax.tree.map(jnp.subtract, params, updates), state
 
-    state = tx.init(params)
-    for _ in range(steps):
-        params, state = step(params, state)
-        losses.append(float(loss(params)))
-    return losses
+def seconds_per_step(record: dict[str, Any]) -> float:
+    """Of a run of peers.py."""
+    steps, seconds, *_ = record["curve"][-1]
+    return seconds / steps
 
 
-def preconditioned_cg(name: str, maxiter: int = 600) -> list[dict[str, float]]:
+def preconditioned_cg(name: str, maxiter: int = 600) -> list[dict[str, Any]]:
     """CG iterations to 1e-3 on a task of tasks.py, with and without K-FAC, as training goes on."""
     task = TASKS[name]()
-    head = {"softmax": fvp.Softmax(), "sigmoid": fvp.Sigmoid()}[task.head]
-    model_fn, batches = task.model_fn, task.batches(0)
-    tx = fvp.natural_gradient(1.0, model_fn, head)
+    train, batches = METHODS["fvp"](task), task.batches(0)
 
     @jax.jit
-    def step(params: Any, state: Any, batch: Any) -> Any:
+    def iterations(params: Any, batch: Any, damping: Any) -> dict[str, jax.Array]:
         inputs, targets, _ = batch
-        operator = fvp.fisher(model_fn, head, params, inputs)
+        operator = fvp.fisher(task.model_fn, head_of(task), params, inputs)
         _, gradient = operator.value_and_grad(targets)
-        data = {"operator": operator, "batch": inputs, "targets": targets}
-        updates, state = tx.update(gradient, state, params, **data)
-        return jax.tree.map(jnp.add, params, updates), state
-
-    @jax.jit
-    def iterations(params: Any, batch: Any, damping: Any) -> Any:
-        inputs, targets, _ = batch
-        operator = fvp.fisher(model_fn, head, params, inputs)
-        _, gradient = operator.value_and_grad(targets)
-        factors = fvp.kfac(model_fn, head, params, inputs, key=jax.random.key(0))
-        options: dict[str, Any] = {"damping": damping, "tol": 1e-3, "maxiter": maxiter}
-        _, plain = fvp.cg(operator, gradient, **options)
-        _, kfac = fvp.cg(operator, gradient, M=factors.inverse(damping), **options)
-        return plain.iterations, kfac.iterations
+        key = jax.random.key(0)
+        factors = fvp.kfac(task.model_fn, head_of(task), params, inputs, key=key)
+        count = lambda M: _iterations(operator, gradient, damping, M, maxiter)
+        return {"plain": count(None), "K-FAC": count(factors.inverse(damping))}
 
     params = jax.tree.map(jnp.asarray, task.init(0))
-    state, rows = tx.init(params), []
+    state, rows = train.init(params, next(batches)), []
     for trained in (0, 20):
         for _ in range(trained):
-            params, state = step(params, state, next(batches))
+            params, state = train.step(params, state, batches)
         batch = next(batches)
         for damping in (1e-4, 1e-6):
-            plain, kfac = map(int, iterations(params, batch, damping))
-            setting = {"task": name, "steps": trained, "damping": damping}
-            rows.append({**setting, "plain": plain, "kfac": kfac})
-            print(
-                f"{name} after {trained} steps, damping {damping:.0e}: CG in {plain} iterations"
-                f" (at most {maxiter}), with K-FAC {kfac}",
-                flush=True,
-            )
+            counts = {key: int(n) for key, n in iterations(params, batch, damping).items()}
+            rows.append({"task": name, "steps": trained, "damping": damping, **counts})
+            print(f"{rows[-1]} of at most {maxiter}", flush=True)
     return rows
+
+
+def block_diagonal_limit(damping: float = 1e-4, trained: int = 60) -> list[dict[str, Any]]:
+    """The same of a transformer so small that the exact block diagonal can be inverted.
+
+    A block is a dense layer with its bias, or a normalisation. What these blocks do not gain, no
+    block-diagonal approximation will.
+    """
+    task = transformer(width=8, heads=2, context=16)
+    train, batches = METHODS["fvp"](task), task.batches(0)
+
+    @jax.jit
+    def iterations(params: Any, batch: Any) -> dict[str, jax.Array]:
+        inputs, targets, _ = batch
+        operator = fvp.fisher(task.model_fn, head_of(task), params, inputs)
+        _, gradient = operator.value_and_grad(targets)
+        unravel = ravel_pytree(gradient)[1]
+        same = blocks[:, None] == blocks[None, :]
+        damped = jnp.where(same, operator.dense(), 0) + damping * jnp.eye(len(blocks))
+        root = jax.scipy.linalg.cho_factor(damped)
+        exact = lambda v: unravel(jax.scipy.linalg.cho_solve(root, ravel_pytree(v)[0]))
+        factors = fvp.kfac(task.model_fn, head_of(task), params, inputs)
+        methods = {"plain": None, "K-FAC": factors.inverse(damping), "exact blocks": exact}
+        return {
+            name: _iterations(operator, gradient, damping, M, 3000) for name, M in methods.items()
+        }
+
+    params = jax.tree.map(jnp.asarray, task.init(0))
+    names = [str(path[:-1] or path) for path, _ in jax.tree.leaves_with_path(params)]
+    sizes = [leaf.size for leaf in jax.tree.leaves(params)]
+    blocks = np.repeat(np.unique(names, return_inverse=True)[1], sizes)
+    state, rows = train.init(params, next(batches)), []
+    for steps in (0, trained):
+        for _ in range(steps):
+            params, state = train.step(params, state, batches)
+        counts = {key: int(n) for key, n in iterations(params, next(batches)).items()}
+        rows.append({"task": "small transformer", "steps": steps, "damping": damping, **counts})
+        print(rows[-1], flush=True)
+    return rows
+
+
+def _iterations(operator: Any, rhs: Any, damping: Any, M: Any, maxiter: int) -> jax.Array:
+    return fvp.cg(operator, rhs, damping=damping, tol=1e-3, maxiter=maxiter, M=M)[1].iterations
+
+
+def print_table(rows: dict[str, dict[str, float]]) -> None:
+    """A line for each program."""
+    columns = list(next(iter(rows.values())))
+    print(" " * 24 + "".join(f"{column:>20}" for column in columns))
+    for name, row in rows.items():
+        print(f"{name:24}" + "".join(f"{row[column]:>20.3g}" for column in columns), flush=True)
+
+
+PARTS: dict[str, Callable[[pathlib.Path], Any]] = {
+    "costs": lambda output: costs(),
+    "peer": beside_kfac_jax,
+    "limit": lambda output: block_diagonal_limit(),
+    "cg": lambda output: [*preconditioned_cg("transformer"), *preconditioned_cg("curves")],
+}
 
 
 def main() -> None:
     """Command line."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
-    parser.add_argument("--output", type=pathlib.Path, default=pathlib.Path("out/kfac.json"))
+    parser.add_argument("--parts", default=",".join(PARTS), help="comma-separated")
+    parser.add_argument("--output", type=pathlib.Path, default=pathlib.Path("out/kfac"))
     arguments = parser.parse_args()
-    table = costs()
-    print(f"{'program':24}{'gradients':>10}{'MiB':>8}{'compile s':>11}")
-    for name, row in table.items():
-        print(
-            f"{name:24}{row['gradients']:>10.2f}{row['MiB']:>8.0f}{row['compile_seconds']:>11.1f}"
-        )
-    losses = digits()
-    print(f"digits, full batch: {losses[9]:.1e} after 10 steps, {losses[19]:.1e} after 20")
-    solves = [row for name in ("curves", "transformer") for row in preconditioned_cg(name)]
-    arguments.output.parent.mkdir(parents=True, exist_ok=True)
-    arguments.output.write_text(
-        json.dumps({"costs": table, "digits": losses, "cg": solves}, indent=1)
-    )
+    names = arguments.parts.split(",")
+    if unknown := {*names} - {*PARTS}:
+        parser.error(f"unknown {', '.join(sorted(unknown))}; see --help")
+    arguments.output.mkdir(parents=True, exist_ok=True)
+    for name in names:
+        result = PARTS[name](arguments.output)
+        if isinstance(result, dict):
+            print_table(result)
+        (arguments.output / f"{name}.json").write_text(json.dumps(result, indent=1))
     print(f"saved {arguments.output}")
 
 

@@ -23,7 +23,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-from tasks import TASKS, Task
+from tasks import TASKS, UNTRAINABLE, Task
 
 EVALUATIONS = 120  # before the equal ones among the first steps are merged
 MOMENTUM = 0.9
@@ -44,8 +44,7 @@ def natural_gradient(task: Task) -> Method:
     """Fvp with nothing set; the gradient and the curvature share one linearisation."""
     import fvp
 
-    heads = {"softmax": fvp.Softmax(), "sigmoid": fvp.Sigmoid(), "gaussian": fvp.Gaussian()}
-    model_fn, head = task.model_fn, heads[task.head]
+    model_fn, head = task.model_fn, head_of(task)
     tx = fvp.natural_gradient(1.0, model_fn, head)
 
     @jax.jit
@@ -65,6 +64,36 @@ def natural_gradient(task: Task) -> Method:
         step=lambda params, state, batches: step(params, state, next(batches)),
         products=lambda state: int(state[1]),
     )
+
+
+def kfac(task: Task) -> Method:
+    """K-FAC of fvp with nothing set; like kfac-jax it is shown a batch before the first step."""
+    import fvp
+
+    shown, _, _ = task.rows(slice(task.batch_size))
+    precondition = fvp.scale_by_kfac(task.model_fn, head_of(task), example_batch=shown)
+    tx = optax.chain(precondition, optax.scale(-1.0))
+
+    @jax.jit
+    def step(params: Any, state: Any, batch: Any) -> Any:
+        inputs, targets, weights = batch
+        grads = jax.grad(task.loss)(params, *batch)
+        updates, state = tx.update(
+            grads, state, params, batch=inputs, targets=targets, weights=weights
+        )
+        return optax.apply_updates(params, updates), state
+
+    return Method(
+        init=lambda params, batch: tx.init(params),
+        step=lambda params, state, batches: step(params, state, next(batches)),
+    )
+
+
+def head_of(task: Task) -> Any:
+    """The task's loss in fvp."""
+    import fvp
+
+    return {"softmax": fvp.Softmax, "sigmoid": fvp.Sigmoid, "gaussian": fvp.Gaussian}[task.head]()
 
 
 def first_order(task: Task, tx: optax.GradientTransformation) -> Method:
@@ -198,6 +227,7 @@ def candidates(peer: str, task: Task) -> list[dict[str, Any]]:
 
 METHODS: dict[str, Callable[..., Method]] = {
     "fvp": natural_gradient,
+    "fvp-kfac": kfac,
     "adam": adam,
     "sgd": sgd,
     "kfac-jax": kfac_jax,
@@ -247,15 +277,16 @@ def race(
 
 def main() -> None:
     """Command line."""
+    tasks = TASKS | UNTRAINABLE
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
-    parser.add_argument("--task", choices=TASKS, required=True)
+    parser.add_argument("--task", choices=tasks, required=True)
     parser.add_argument("--method", choices=METHODS, required=True)
     parser.add_argument("--options", type=json.loads, default={}, help="of the method, as JSON")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--steps", type=int, help="the task's own if not given")
     parser.add_argument("--seconds", type=float, default=math.inf)
     arguments = parser.parse_args()
-    task = TASKS[arguments.task]()
+    task = tasks[arguments.task]()
     jax.config.update("jax_enable_x64", task.x64)
     try:
         method = METHODS[arguments.method](task, **arguments.options)

@@ -145,6 +145,21 @@ def digits_cnn() -> Task:
     return dataclasses.replace(digits("digits-cnn", 256, 1000), init=init, model_fn=model_fn)
 
 
+def wide() -> Task:
+    """784-512-512-10 on noise, to measure what a step costs."""
+    rng = np.random.default_rng(0)
+    return Task(
+        "wide",
+        "softmax",
+        functools.partial(init_mlp, (784, 512, 512, 10)),
+        mlp,
+        rng.normal(size=(1024, 784)).astype(np.float32),
+        rng.integers(0, 10, 1024).astype(np.int32),
+        steps=60,
+        batch_size=256,
+    )
+
+
 def breast_cancer() -> Task:
     """Logistic regression on separable data: the infimum of the loss is 0."""
     x, y = datasets.load_breast_cancer(return_X_y=True)
@@ -321,3 +336,4 @@ TASKS: dict[str, Callable[[], Task]] = {
     "transformer": transformer,
     "poisson": poisson,
 }
+UNTRAINABLE = {"wide": wide}  # for costs alone

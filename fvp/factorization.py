@@ -69,7 +69,22 @@ class SemidefiniteFactor(NamedTuple):
 
 
 def inverse_semidefinite(matrix: Array, damping: Array) -> Array:
-    """(matrix + damping I)^-1, symmetric."""
-    identity = jnp.broadcast_to(jnp.eye(matrix.shape[-1], dtype=matrix.dtype), matrix.shape)
-    inverse = SemidefiniteFactor.of(matrix, damping).solve(identity)
+    """(matrix + damping I)^-1, symmetric, with more damping where Cholesky wants it.
+
+    A damping of eps n times the largest entry is what rounding needs, for (n, n) matrices.
+    """
+    size, dtype = matrix.shape[-1], matrix.dtype
+    identity = jnp.broadcast_to(jnp.eye(size, dtype=dtype), matrix.shape)
+    finite = jnp.all(jnp.isfinite(matrix))
+    matrix = jnp.where(finite, matrix, jnp.zeros_like(matrix))
+    shifted = matrix + jnp.asarray(damping, dtype)[..., None, None] * identity
+    largest = jnp.max(jnp.diagonal(matrix, axis1=-2, axis2=-1), axis=-1)[..., None, None]
+    more = jnp.where(largest > 0, jnp.finfo(dtype).eps * size * largest, 1)
+    root = jnp.linalg.cholesky(shifted)
+    root = jax.lax.cond(
+        jnp.all(jnp.isfinite(root)),
+        lambda: root,
+        lambda: jnp.linalg.cholesky(shifted + more * identity),
+    )
+    inverse = jax.scipy.linalg.cho_solve((root, True), identity)
     return 0.5 * (inverse + jnp.swapaxes(inverse, -2, -1))

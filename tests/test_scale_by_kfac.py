@@ -53,11 +53,14 @@ def train(tx, params, x, y, steps):
     return losses, state
 
 
-def test_defaults_train_digits_as_the_best_peer_tuned():
+@pytest.mark.parametrize("average", [False, True])
+def test_defaults_train_digits_as_the_best_peer_tuned(average):
     """kfac-jax at its best damping: 1.1e-2 after 10 steps and 4.5e-4 after 20."""
     rng = np.random.default_rng(0)
     params = jax.tree.map(jnp.float32, [layer(rng, 64, 128), layer(rng, 128, 10)])
-    losses, _ = train(fvp.scale_by_kfac(tanh_mlp, HEAD), params, *digits(), 20)
+    x, y = digits()
+    tx = fvp.scale_by_kfac(tanh_mlp, HEAD, example_batch=x if average else None)
+    losses, _ = train(tx, params, x, y, 20)
     assert losses[9] <= 1.1e-2
     assert losses[19] <= 4.5e-4
     assert np.all(np.diff(losses) <= 0)
@@ -120,6 +123,39 @@ def test_a_step_that_does_not_lower_the_loss_is_rejected():
     update, state = tx.update(broken, state, params, batch=x, targets=y)
     assert not state.accepted
     assert optax.tree.norm(update) == 0
+
+
+def test_a_bad_batch_stays_out_of_the_averages():
+    params, x, y = small()
+    tx = fvp.scale_by_kfac(tanh_mlp, HEAD, example_batch=x)
+
+    def step(carry, x):
+        params, state = carry
+        gradient = jax.grad(loss)(params, x, y)
+        updates, state = tx.update(gradient, state, params, batch=x, targets=y)
+        params = jax.tree.map(jnp.subtract, params, updates)
+        return (params, state), (loss(params, batch, y), state.accepted)
+
+    batch = x
+    batches = jnp.stack([x * jnp.nan, x, x.at[0, 0].set(jnp.inf), x, x])
+    (_, state), (losses, accepted) = jax.lax.scan(step, (params, tx.init(params)), batches)
+    assert accepted.tolist() == [False, True, False, True, True]
+    assert losses[0] == loss(params, batch, y)
+    assert losses[1] == losses[2] > losses[3] > losses[4]
+    finite = [jnp.all(jnp.isfinite(leaf)) for leaf in jax.tree.leaves(state)]
+    assert all(finite)
+
+
+def test_a_rejected_step_inverts_anew():
+    params, x, y = small()
+    tx = fvp.scale_by_kfac(tanh_mlp, HEAD, example_batch=x, inverse_period=10)
+    gradient = jax.grad(loss)(params, x, y)
+    uphill = jax.tree.map(jnp.negative, gradient)
+    _, state = tx.update(gradient, tx.init(params), params, batch=x, targets=y)
+    _, rejected = tx.update(uphill, state, params, batch=x, targets=y)
+    assert rejected.inverse.damping == state.inverse.damping
+    _, again = tx.update(gradient, rejected, params, batch=x, targets=y)
+    assert again.inverse.damping == rejected.damping > state.inverse.damping
 
 
 def test_the_predicted_divergence_is_bounded():

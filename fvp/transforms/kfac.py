@@ -17,10 +17,18 @@ from fvp.curvature import CurvatureOperator, fisher
 from fvp.curvature.pieces import apply_weights, weighted_nll
 from fvp.heads import Head
 from fvp.layers.kfac import KFAC, kfac
-from fvp.numerics import tree_axpy, tree_vdot, tree_where, widen, widen_tree
+from fvp.numerics import (
+    tree_axpy,
+    tree_is_finite,
+    tree_vdot,
+    tree_where,
+    widen,
+    widen_tree,
+)
 
 ScalarOrSchedule = ArrayLike | Callable[[Array], ArrayLike]
 
+INVERSE_PERIOD = 5  # steps, where factors are kept between them
 # Levenberg-Marquardt: damping falls after a step that the model foresaw, and rises after a bad one.
 _FALL, _RISE, _SMALLEST = 0.5, 4.0, 1e-8
 
@@ -47,8 +55,8 @@ def scale_by_kfac(
     example_batch: Any = None,
     decay: float = 0.95,
     factor_period: int = 1,
-    inverse_period: int = 1,
-    rule: str = "exact",
+    inverse_period: int | None = None,
+    rule: str = "pi",
     weight_sharing: str = "expand",
     num_samples: int | None = 1,
     seed: int = 0,
@@ -80,7 +88,8 @@ def scale_by_kfac(
         each step's batch.
       decay: of those averages, which carry their weight: the first steps are not biased.
       factor_period: steps between two updates of the averages.
-      inverse_period: steps between two inversions of them.
+      inverse_period: steps between two inversions of them, the dearest part of a step; None is 5
+        with ``example_batch`` and 1 without. After a rejected step they are inverted anew.
       rule: how damping enters the factors, see :meth:`fvp.KFAC.inverse`.
       weight_sharing: "expand" or "reduce", see :func:`fvp.kfac`.
       num_samples: labels drawn from the model for each example, for Monte Carlo factors at the cost
@@ -110,6 +119,8 @@ def scale_by_kfac(
       J. Martens, R. Grosse, Optimizing neural networks with Kronecker-factored approximate
       curvature, 2015.
     """
+    if inverse_period is None:
+        inverse_period = 1 if example_batch is None else INVERSE_PERIOD
     check_positive_int(factor_period, "factor_period")
     check_positive_int(inverse_period, "inverse_period")
     adaptive = damping is None
@@ -164,18 +175,20 @@ def scale_by_kfac(
         def add(operands: Any) -> Any:
             factors, weight = operands
             now = factor(params, batch, weights, state.count)
+            usable = tree_is_finite(now)  # one bad batch would stay in the averages for ever
             summed = jax.tree.map(lambda a, b: decay * a + b.astype(a.dtype), factors, now)
-            return summed, decay * weight + 1
+            return tree_where(usable, (summed, decay * weight + 1), operands)
 
         due = state.count % factor_period == 0
         operands = (state.factors, state.weight)
         factors, weight = jax.lax.cond(due, add, lambda operands: operands, operands)
 
         def invert(_: Any) -> Any:
-            mean = jax.tree.map(lambda x: x / weight.astype(x.dtype), factors)
+            total = jnp.where(weight > 0, weight, 1)
+            mean = jax.tree.map(lambda x: x / total.astype(x.dtype), factors)
             return mean.inverse(strength, rule=rule)
 
-        due = state.count % inverse_period == 0
+        due = (state.count % inverse_period == 0) | ~state.accepted  # then damping has risen
         inverse = jax.lax.cond(due, invert, lambda _: state.inverse, None)
         return factors, weight, inverse, inverse
 
@@ -196,9 +209,7 @@ def scale_by_kfac(
             scale = jnp.sqrt(jnp.minimum(1.0, 2 * max_kl / jnp.maximum(curvature, 1e-30)))
             chosen = jax.tree.map(lambda x: (scale * x).astype(x.dtype), chosen)
         curvature, slope = scale**2 * curvature, scale * slope
-        accepted = jnp.isfinite(curvature) & (slope > 0)
-        for leaf in jax.tree.leaves(chosen):
-            accepted &= jnp.all(jnp.isfinite(leaf))
+        accepted = jnp.isfinite(curvature) & (slope > 0) & tree_is_finite(chosen)
         if adaptive:
             before = mean_loss(exact, exact.output, targets)
             after = mean_loss(
