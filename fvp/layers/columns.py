@@ -17,7 +17,7 @@ from jax import Array
 
 from fvp.curvature.metrics import Examples, ScoreMetric, monte_carlo_metric
 from fvp.curvature.pieces import example_weights, mask_outputs, total_weight
-from fvp.heads import Head
+from fvp.heads import Head, Softmax
 from fvp.numerics import widen
 
 
@@ -59,15 +59,37 @@ class Columns:
 
 
 def exact_root(head: Head, z: Array) -> tuple[int, Callable[[Any], Array]]:
-    """The columns of S, S S^T = F_R: as many as the event has entries."""
+    """Columns of outer products F_R: those of S, S S^T = F_R; for Softmax one less.
+
+    Softmax has S sqrt(p) = 0: the columns are those of S H with the reflection H that takes the
+    last unit vector to -sqrt(p), and the last is zero.
+    """
     event = z.shape[z.ndim - head.event_ndim :]
-    size = math.prod(event)
+    size, singular = math.prod(event), isinstance(head, Softmax)
 
     def column(index: Any) -> Array:
         unit = (jnp.arange(size) == index).astype(z.dtype).reshape(event)
-        return head.sqrt_fisher(z, jnp.broadcast_to(unit, z.shape))
+        w = jnp.broadcast_to(unit, z.shape)
+        if singular:
+            last = (jnp.arange(size) == size - 1).astype(z.dtype)
+            w -= jnp.sum(_reflection(head, z) * unit, axis=-1, keepdims=True) * last
+        return head.sqrt_fisher(z, w)
 
-    return size, column
+    return size - singular, column
+
+
+def exact_root_coefficients(head: Head, z: Array, w: Array) -> Array:
+    """The coefficients of S w in the columns of :func:`exact_root`."""
+    if not isinstance(head, Softmax):
+        return w
+    along = jnp.sum(jnp.sqrt(head.mean(z)) * w, axis=-1, keepdims=True) + w[..., -1:]
+    return (w - _reflection(head, z) * along)[..., :-1]
+
+
+def _reflection(head: Head, z: Array) -> Array:
+    """v_k / v_C for k < C, where v = sqrt(p) + e_C and H = I - v v^T / v_C."""
+    root = jnp.sqrt(head.mean(z))
+    return root / (1 + root[..., -1:])
 
 
 def score_root(scores: Array) -> tuple[int, Callable[[Any], Array]]:

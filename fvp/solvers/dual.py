@@ -17,7 +17,7 @@ from fvp.curvature.pieces import GaussNewtonPiece, apply_weights
 from fvp.factorization import SemidefiniteFactor
 from fvp.heads import Gaussian, Head, Sigmoid, Softmax
 from fvp.layers.capture import capture
-from fvp.layers.columns import metric_columns
+from fvp.layers.columns import exact_root_coefficients, metric_columns
 from fvp.layers.gram import gram_matrix
 from fvp.layers.rows import CHUNK, LayerRows, rows_of_capture
 from fvp.numerics import cast_like, tree_axpy, tree_vdot, tree_where, widen, widen_tree
@@ -191,6 +191,7 @@ class ExampleRows:
         w = whitened_score(piece.head, piece.metric.z, targets)
         if w is None:
             return None
+        w = exact_root_coefficients(piece.head, piece.metric.z, w)
         shares = self.captured.columns.shares
         w = apply_weights(jnp.sqrt(shares), piece.head.event_ndim, w)
         # The coefficient of a column is the entry of w where the unit vector behind it was one.
