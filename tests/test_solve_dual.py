@@ -142,3 +142,10 @@ def test_the_solver_is_chosen_by_shape():
     assert choose(50, 10) == "dense"
     assert choose(500, 600) == "dual"
     assert choose(2500, 600) == "cg"
+
+
+def test_no_damping_and_no_exact_solver_is_an_error():
+    w, x = jnp.ones((600, 2)), jnp.ones((2500, 600))
+    tx = fvp.scale_by_fisher(lambda w, x: x @ w, fvp.Gaussian(), solver="auto", line_search="loss")
+    with pytest.raises(ValueError, match="pass damping="):
+        jax.eval_shape(lambda: tx.update(w, tx.init(w), w, batch=x, targets=jnp.ones((2500, 2))))

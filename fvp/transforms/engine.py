@@ -114,6 +114,11 @@ def _step(
     slope_of = gradient if l2 is None else tree_axpy(l2, cast_like(params, gradient), gradient)
     shift = 0.0 if l2 is None else l2
     solver = choose_solver(operator) if options.solver == "auto" else options.solver
+    if options.exact_only and solver == "cg":
+        raise ValueError(
+            'damping: line_search="loss" goes without, which only an exact solver can, but'
+            ' solver="auto" takes "cg" for these shapes; pass damping=, or solver="dual".'
+        )
     control, metric = None, None
     if isinstance(options.rule, FixedDamping):
         strength = jnp.asarray(options.rule.at(state.count))

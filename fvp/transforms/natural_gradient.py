@@ -252,9 +252,9 @@ def _transform(
         raise ValueError("max_kl: constant_kl=True expects the length of the step, got None.")
     if isinstance(max_kl, (int, float)) and not max_kl > 0:
         raise ValueError(f"max_kl: expected a positive number of nats, got {max_kl}.")
+    undamped = damping is None and options["line_search"] == "loss" and options["solver"] != "cg"
     if damping is None:
-        searched = options["line_search"] == "loss" and options["solver"] != "cg"
-        damping = 0.0 if searched else LevenbergMarquardt()
+        damping = 0.0 if undamped else LevenbergMarquardt()
     adaptive = isinstance(damping, LevenbergMarquardt)
     if momentum is None and adaptive:
         momentum = _MOMENTUM
@@ -266,6 +266,7 @@ def _transform(
             head=head,
             learning_rate=learning_rate,
             rule=damping if isinstance(damping, LevenbergMarquardt) else FixedDamping(damping),
+            exact_only=undamped,
             curvature=curvature,
             momentum=momentum,
             max_kl=max_kl,

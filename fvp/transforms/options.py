@@ -29,6 +29,7 @@ class Options:
     rule: FixedDamping | LevenbergMarquardt
     curvature: str
     solver: str
+    exact_only: bool  # nobody set a damping, and without one CG would not end
     maxiter: Any
     tol: ArrayLike
     warm_start: bool
