@@ -193,7 +193,7 @@ PARTS: dict[str, Callable[[pathlib.Path], Any]] = {
     "costs": lambda output: costs(),
     "peer": beside_kfac_jax,
     "limit": lambda output: block_diagonal_limit(),
-    "cg": lambda output: [*preconditioned_cg("transformer"), *preconditioned_cg("curves")],
+    "cg": lambda output: [*preconditioned_cg("curves"), *preconditioned_cg("transformer")],
 }
 
 
