@@ -188,8 +188,9 @@ def _solve(
         z = c.residual if M is None else c.z
         stored = cast_like(tree_axpy(c.beta, widen_tree(c.direction), z), rhs)
         direction, product = widen_tree(stored), multiplied(stored)
-        # The residual is orthogonal to the last direction.
-        pp = c.rr + c.beta * c.beta * c.pp if M is None else dot(direction, direction)
+        # The residual is orthogonal to the last direction, unless that was rounded.
+        carried = M is None and not rounded
+        pp = c.rr + c.beta * c.beta * c.pp if carried else dot(direction, direction)
         # The damping never enters a vector of its own: a pass over memory less.
         pap = dot(direction, product) + damping * pp
         slope = dot(direction, c.residual) if rounded else c.rz
