@@ -9,8 +9,10 @@ import optax
 import pytest
 from dense import CASES, mlp, parameters, reference
 from jax.flatten_util import ravel_pytree
+from sklearn.datasets import load_diabetes
 
 import fvp
+from fvp.control.budget import Budget
 from fvp.control.line_search import halving_search
 
 COMPILE_QUICKLY = True
@@ -249,6 +251,83 @@ def test_loss_that_overflows_rejects_the_step_and_raises_damping():
     assert not bool(state.accepted)
     _, after = p.step(adaptive(p), state, value_fn=value_fn)
     assert float(after.damping) == pytest.approx(4 * float(state.damping), rel=1e-5)
+
+
+# The budget of CG --------------------------------------------------------------------------------
+
+
+def follow(budget, ratio, steps, *, short):
+    for _ in range(steps):
+        budget = budget.observe(
+            ratio * jnp.where(budget.gradient_norm > 0, budget.gradient_norm, 1)
+        )
+        budget = budget.correct(short=jnp.asarray(short))
+    return budget
+
+
+def test_budget_grows_where_cut_short_and_slow_and_shrinks_when_fast():
+    start = Budget.first()
+    assert follow(start, 0.75, 40, short=True).iterations == 11
+    # The average of ratios of 1 passes .8 at the 17th; each step from there on adds a tenth.
+    np.testing.assert_allclose(follow(start, 1.0, 21, short=True).limit, 11 * 1.1**5, rtol=1e-5)
+    most = follow(start, 1.5, 80, short=True)  # a rise counts as no progress, not as less
+    assert most.iterations == 110
+    assert follow(most, 1.0, 40, short=False).iterations == 110
+    np.testing.assert_allclose(follow(most, 0.5, 9, short=True).limit, 110 / 1.1**5, rtol=1e-5)
+    assert follow(most, 0.5, 60, short=False).iterations == 11
+
+
+def train(model_fn, params, x, y, steps, noise=0.0, **options):
+    """Losses, verdicts and CG iterations of steps on all examples, new noise in y at each."""
+    tx = fvp.scale_by_fisher(model_fn, fvp.Gaussian(), **options)
+    loss = lambda p, y: jnp.mean((model_fn(p, x) - y) ** 2) / 2
+
+    def step(carry, key):
+        params, state = carry
+        targets = y + noise * jax.random.normal(key, y.shape)
+        grads = jax.grad(loss)(params, targets)
+        updates, state = tx.update(grads, state, params, batch=x, targets=targets)
+        params = jax.tree.map(jnp.subtract, params, updates)
+        return (params, state), (loss(params, y), state.accepted, state.iterations)
+
+    keys = jax.random.split(jax.random.key(0), steps)
+    return jax.jit(lambda: jax.lax.scan(step, (params, tx.init(params)), keys)[1])()
+
+
+def test_budget_follows_progress():
+    """A network of 32 tanh units on the diabetes data, where eleven iterations are too few."""
+    standard = lambda x: jnp.asarray((x - x.mean(0)) / x.std(0), jnp.float32)
+    x, y = load_diabetes(return_X_y=True)
+    rng = np.random.default_rng(0)
+    normal = lambda *shape: jnp.asarray(rng.normal(size=shape) / shape[0] ** 0.5, jnp.float32)
+    params = (normal(10, 32), jnp.zeros(32), normal(32, 1), jnp.zeros(1))
+    model_fn = lambda p, x: jnp.tanh(x @ p[0] + p[1]) @ p[2] + p[3]
+    arguments = model_fn, params, standard(x), standard(y[:, None]), 120
+    losses, _, iterations = train(*arguments)
+    fixed, _, fewer = train(*arguments, maxiter=11)
+    assert fewer.max() == 11 == iterations[:15].max()
+    assert iterations.max() > 50
+    assert losses[-1] < 0.6 * fixed[-1]
+
+
+def train_badly_scaled(noise=0.0):
+    """Least squares with a condition number of 1e6: eleven iterations do not solve it."""
+    rng = np.random.default_rng(0)
+    x = jnp.asarray(rng.normal(size=(512, 100)) * np.geomspace(1e-3, 1, 100))
+    y = jnp.asarray(x @ rng.normal(size=(100, 1)))
+    return train(lambda w, x: x @ w, jnp.zeros((100, 1)), x, y, 60, noise)
+
+
+def test_noise_does_not_raise_the_budget():
+    assert train_badly_scaled(noise=3.0)[2].max() == 11
+
+
+def test_solve_that_ends_without_descent_does_not_end_training():
+    """Momentum may start CG so far off that eleven iterations do not get below the start."""
+    losses, accepted, _ = train_badly_scaled()
+    assert not accepted.all()
+    assert (accepted[1:] | accepted[:-1]).all()
+    assert losses[-1] < 1e-6 * losses[0]
 
 
 # Bounds in KL ------------------------------------------------------------------------------------

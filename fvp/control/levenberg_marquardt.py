@@ -12,7 +12,7 @@ from jax import Array
 from jax.core import Tracer
 
 from fvp.control.record import Outcome, Step
-from fvp.numerics import sum_entries, tree_norm, tree_vdot
+from fvp.numerics import sum_entries, tree_vdot
 
 # Errors of the quadratic model over 1/2 s^T (A + damping) s. The classical thresholds on the
 # reduction ratio (1/4, 3/4) let small batches be fitted to the last digit and raise the loss
@@ -99,14 +99,19 @@ class LevenbergMarquardt:
         )
 
     def observe(
-        self, state: LevenbergMarquardtState, gradient: Any, last: Any, rayleigh: Callable
+        self,
+        state: LevenbergMarquardtState,
+        gradient: Any,
+        norm: Array,
+        last: Any,
+        rayleigh: Callable,
     ) -> tuple[LevenbergMarquardtState, Array]:
-        """Takes in a new gradient, and its slope along the ``last`` direction.
+        """Takes in a new gradient with its norm, and its slope along the ``last`` direction.
 
         ``rayleigh()`` is the curvature along the gradient; it is asked for once, at the first step.
         Returns the new state, and lambda.
         """
-        root = jnp.sqrt(tree_norm(gradient)).astype(jnp.float32)
+        root = jnp.sqrt(norm).astype(jnp.float32)
 
         def first() -> Array:
             curvature = rayleigh().astype(jnp.float32)
@@ -129,6 +134,10 @@ class LevenbergMarquardt:
         )
         return state, state.factor * root
 
+    def agrees(self, state: LevenbergMarquardtState) -> Array:
+        """Whether gradients still point along the steps before them: noise does not lead."""
+        return state.agreement > _AGREEMENT * state.seen
+
     def metric(self, state: LevenbergMarquardtState) -> Any:
         """The diagonal D, of mean 1; like the parameters, float32."""
         relative = _over_mean(state.squares)
@@ -140,11 +149,10 @@ class LevenbergMarquardt:
         """The factor after a step was tried, and the slope that the next gradient is held to."""
         known = outcome.rounding < step.scale
         error = (outcome.error - jnp.sign(outcome.error) * outcome.rounding) / step.scale
-        agree = state.agreement > _AGREEMENT * state.seen
         good = known & (error < _TRUSTED)
         wrong = ~(error <= _DISTRUSTED)
         bad = known & wrong
-        shrink = jnp.where(agree, self.decrease, _SLOW)
+        shrink = jnp.where(self.agrees(state), self.decrease, _SLOW)
         change = jnp.where(bad, self.increase, jnp.where(good, shrink, 1))
         # Momentum may climb on a batch just as the model said: no fault of the damping. It starts
         # anew then, and without it (the last slope is zero) there is no such excuse.

@@ -12,6 +12,7 @@ from jax import Array
 from fvp.checks import check_like
 from fvp.compilation import compiled_when_eager
 from fvp.control import Step
+from fvp.control.budget import Budget
 from fvp.control.fixed import FixedDamping
 from fvp.control.momentum import quadratic_model_step, spring_rhs
 from fvp.control.record import unknown_outcome
@@ -21,6 +22,7 @@ from fvp.numerics import (
     cast_like,
     tree_axpy,
     tree_is_finite,
+    tree_norm,
     tree_vdot,
     tree_where,
     unit,
@@ -44,6 +46,7 @@ class NaturalGradientState(NamedTuple):
     count: Any  # int32 scalar, updates done
     direction: Any  # like the parameters, the last solution: warm start and momentum; or None
     control: Any  # state of the adaptive damping; or None
+    budget: Any  # Budget of CG; or None
     damping: Array  # float32 scalar, of the last step
     iterations: Array  # int32 scalar, CG iterations of the last step
     residual_norm: Array  # float32 scalar, of the last solve
@@ -60,6 +63,7 @@ def build_transform(options: Options) -> optax.GradientTransformationExtraArgs:
             count=jnp.zeros((), jnp.int32),
             direction=optax.tree.zeros_like(params) if options.keeps_direction else None,
             control=None if isinstance(options.rule, FixedDamping) else options.rule.init(params),
+            budget=Budget.first() if options.adapts_budget else None,
             damping=jnp.zeros((), jnp.float32),
             iterations=jnp.zeros((), jnp.int32),
             residual_norm=jnp.zeros((), jnp.float32),
@@ -112,19 +116,20 @@ def _step(
         operator = _build_operator(options, params, data)
     previous, l2 = state.direction, options.l2
     slope_of = gradient if l2 is None else tree_axpy(l2, cast_like(params, gradient), gradient)
-    shift = 0.0 if l2 is None else l2
+    shift, norm = 0.0 if l2 is None else l2, tree_norm(slope_of)
     solver = choose_solver(operator) if options.solver == "auto" else options.solver
     if options.exact_only and solver == "cg":
         raise ValueError(
             'damping: line_search="loss" goes without, which only an exact solver can, but'
             ' solver="auto" takes "cg" for these shapes; pass damping=, or solver="dual".'
         )
-    control, metric = None, None
+    control, budget, metric = None, state.budget, None
     if isinstance(options.rule, FixedDamping):
         strength = jnp.asarray(options.rule.at(state.count))
     else:
         rayleigh = lambda: operator.quadratic_form(unit(slope_of)) + shift
-        control, strength = options.rule.observe(state.control, slope_of, previous, rayleigh)
+        control, strength = options.rule.observe(state.control, slope_of, norm, previous, rayleigh)
+        budget = None if budget is None else budget.observe(norm)
         # The exact solvers take damping I.
         metric = options.rule.metric(control) if solver == "cg" else None
         if data.batch is None:
@@ -137,7 +142,7 @@ def _step(
         start = jax.tree.map(lambda d: (momentum * d).astype(d.dtype), previous)
     elif options.warm_start:
         start = jax.tree.map(lambda d: (WARM_START_DECAY * d).astype(d.dtype), previous)
-    system = _system(options, solver, operator, strength, metric, data.targets)
+    system = _system(options, solver, operator, strength, metric, budget, data.targets)
     if isinstance(system, ExactSystem):
         strength = system.damping - shift
     solution, info = system.solve(rhs, start, data.targets)
@@ -189,19 +194,25 @@ def _step(
         # A gradient that is zero or not finite, or a loss that was not finite before the step, says
         # nothing about damping.
         corrected = options.rule.correct(control, record, outcome, accepted)
+        short = accepted & ~info.converged & options.rule.agrees(control)
+        resized = None if budget is None else budget.correct(short=short)
         informative = descent & (record.scale > 0)
-        control = tree_where(informative, corrected, tree_where(descent, control, state.control))
+        seen = tree_where(descent, (control, budget), (state.control, state.budget))
+        control, budget = tree_where(informative, (corrected, resized), seen)
     step = path.step(length)
     update = jax.tree.map(lambda x: jnp.where(accepted, sign * x, 0).astype(x.dtype), step)
     direction = previous
     if direction is not None:
-        # A bad batch leaves momentum and warm start alone; a step that failed its trial ends them.
-        after_failure = tree_where(outcome.worse & descent, _zeros(direction), direction)
-        direction = tree_where(accepted, cast_like(solution, direction), after_failure)
+        # A bad batch leaves momentum and warm start alone. A step that failed its trial ends them,
+        # and so does a sound solve without descent: it started too far off, and always would.
+        failed = ~accepted & (descent | ~info.breakdown) & (norm > 0)
+        kept = tree_where(failed, _zeros(direction), direction)
+        direction = tree_where(accepted, cast_like(solution, direction), kept)
     return update, NaturalGradientState(
         count=optax.safe_increment(state.count),
         direction=direction,
         control=control,
+        budget=budget,
         damping=jnp.asarray(strength, jnp.float32),
         iterations=info.iterations,
         residual_norm=info.residual_norm.astype(jnp.float32),
@@ -211,11 +222,18 @@ def _step(
 
 
 def _system(
-    options: Options, solver: str, operator: Any, strength: Any, metric: Any, targets: Any
+    options: Options,
+    solver: str,
+    operator: Any,
+    strength: Any,
+    metric: Any,
+    budget: Budget | None,
+    targets: Any,
 ) -> CGSystem | ExactSystem:
     """The system curvature + strength D + l2 I; D = I without a metric."""
     if solver == "cg":
-        limits = {"tol": options.tol, "maxiter": options.maxiter}
+        maxiter = options.maxiter if budget is None else budget.iterations
+        limits = {"tol": options.tol, "maxiter": maxiter}
         return CGSystem(operator, strength, options.l2, metric, limits)
     shift = 0.0 if options.l2 is None else options.l2
     return ExactSystem.of(solver, operator, strength + shift, targets)

@@ -10,6 +10,7 @@ from jax import Array
 from jax.typing import ArrayLike
 
 from fvp.control import LevenbergMarquardt
+from fvp.control.budget import ITERATIONS
 from fvp.control.fixed import FixedDamping
 from fvp.curvature.operators import ModelFn
 from fvp.heads import Head
@@ -32,7 +33,7 @@ def scale_by_fisher(
     damping: Damping | None = None,
     curvature: str = "fisher",
     solver: str = "cg",
-    maxiter: Any = 11,
+    maxiter: Any = None,
     tol: ArrayLike = 0.01,
     warm_start: bool = False,
     momentum: ArrayLike | str | None = None,
@@ -83,7 +84,8 @@ def scale_by_fisher(
         are at most 4096 and fewer than the parameters, "dense" where the parameters are at most
         1024, and else "cg". The exact ones keep the damping above rounding: sqrt(eps)
         trace(F), or "dual" with ``targets=``, eps trace(F) for each of its rows.
-      maxiter: most CG iterations.
+      maxiter: most CG iterations. None is 11; with adaptive damping, up to ten times as many while
+        steps make little progress, gradients agree and CG ends at the limit.
       tol: CG stops at this relative residual.
       warm_start: start CG at 0.95 times the last solution; costs one product.
       momentum: in [0, 1), SPRING's: damping pulls towards momentum times the last direction instead
@@ -161,7 +163,7 @@ def natural_gradient(
     damping: Damping | None = None,
     curvature: str = "fisher",
     solver: str = "cg",
-    maxiter: Any = 11,
+    maxiter: Any = None,
     tol: ArrayLike = 0.01,
     warm_start: bool = False,
     momentum: ArrayLike | str | None = None,
@@ -256,6 +258,8 @@ def _transform(
     if damping is None:
         damping = 0.0 if undamped else LevenbergMarquardt()
     adaptive = isinstance(damping, LevenbergMarquardt)
+    if options["maxiter"] is None and not adaptive:
+        options["maxiter"] = ITERATIONS
     if momentum is None and adaptive:
         momentum = _MOMENTUM
     elif isinstance(momentum, (int, float)) and momentum == 0:

@@ -30,7 +30,7 @@ class Options:
     curvature: str
     solver: str
     exact_only: bool  # nobody set a damping, and without one CG would not end
-    maxiter: Any
+    maxiter: Any  # None where the budget adapts
     tol: ArrayLike
     warm_start: bool
     momentum: Any
@@ -48,6 +48,11 @@ class Options:
     def adaptive(self) -> bool:
         """Whether steps are tried and damping follows."""
         return isinstance(self.rule, LevenbergMarquardt)
+
+    @property
+    def adapts_budget(self) -> bool:
+        """Whether the iterations of CG follow progress."""
+        return self.adaptive and self.maxiter is None
 
     @property
     def tries(self) -> bool:

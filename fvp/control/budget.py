@@ -1,0 +1,50 @@
+"""How many CG iterations a step gets where the user has not said."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import jax.numpy as jnp
+from jax import Array
+
+ITERATIONS = 11
+_MOST = 10 * ITERATIONS
+_GROWTH = 1.1  # of the limit, a step
+_SLOW, _MEMORY = 0.8, 0.9
+
+
+class Budget(NamedTuple):
+    """A limit that follows progress; float32 scalars.
+
+    Eleven iterations do while steps lower the gradient's norm by a fifth or more on average: what
+    CG leaves over, the next step takes up with a new curvature. Where progress is slower, the solve
+    that ends at its limit is what holds it up, unless it is the noise of the batches. The limit
+    then grows by a tenth each step, to ten times the first, and shrinks when progress is back.
+    """
+
+    limit: Array  # iterations of the next solve, rounded
+    gradient_norm: Array  # of the last gradient; 0 before the first
+    ratio: Array  # running average from 0 of each norm over the one before, at most 1
+
+    @classmethod
+    def first(cls) -> Budget:
+        """Before the first step; one buffer for each field, so that it can be donated."""
+        return cls(*(jnp.asarray(value, jnp.float32) for value in (ITERATIONS, 0, 0)))
+
+    @property
+    def iterations(self) -> Array:
+        """The limit for CG, int32."""
+        return jnp.round(self.limit).astype(jnp.int32)
+
+    def observe(self, norm: Array) -> Budget:
+        """Takes in the norm of a new gradient."""
+        norm = norm.astype(jnp.float32)
+        kept = norm / jnp.where(self.gradient_norm > 0, self.gradient_norm, jnp.inf)
+        ratio = _MEMORY * self.ratio + (1 - _MEMORY) * jnp.minimum(kept, 1)
+        return self._replace(gradient_norm=norm, ratio=ratio)
+
+    def correct(self, *, short: Array) -> Budget:
+        """After a step; ``short``: it was good, and CG had ended at its limit."""
+        slow = self.ratio > _SLOW
+        change = jnp.where(slow, jnp.where(short, _GROWTH, 1), 1 / _GROWTH)
+        return self._replace(limit=jnp.clip(change * self.limit, ITERATIONS, _MOST))
