@@ -74,7 +74,7 @@ def inverse_semidefinite(matrix: Array, damping: Array) -> Array:
     A damping of eps n times the largest entry is what rounding needs, for (n, n) matrices.
     """
     size, dtype = matrix.shape[-1], matrix.dtype
-    identity = jnp.broadcast_to(jnp.eye(size, dtype=dtype), matrix.shape)
+    identity = jnp.eye(size, dtype=dtype)
     finite = jnp.all(jnp.isfinite(matrix))
     matrix = jnp.where(finite, matrix, jnp.zeros_like(matrix))
     shifted = matrix + jnp.asarray(damping, dtype)[..., None, None] * identity
@@ -86,5 +86,34 @@ def inverse_semidefinite(matrix: Array, damping: Array) -> Array:
         lambda: root,
         lambda: jnp.linalg.cholesky(shifted + more * identity),
     )
-    inverse = jax.scipy.linalg.cho_solve((root, True), identity)
+    inverse = _self_product(_inverse_lower(root))
     return 0.5 * (inverse + jnp.swapaxes(inverse, -2, -1))
+
+
+# A triangular solve with the identity takes several times as long as products of halves.
+_WHOLE = 300  # rows that are not halved
+
+
+def _inverse_lower(root: Array) -> Array:
+    """The inverse of a lower triangular matrix."""
+    size = root.shape[-1]
+    if size <= _WHOLE:
+        identity = jnp.broadcast_to(jnp.eye(size, dtype=root.dtype), root.shape)
+        return jax.scipy.linalg.solve_triangular(root, identity, lower=True)
+    half = size // 2
+    first, last = _inverse_lower(root[..., :half, :half]), _inverse_lower(root[..., half:, half:])
+    side = -_einsum("...ij,...jk,...kl->...il", last, root[..., half:, :half], first)
+    zeros = jnp.zeros_like(jnp.swapaxes(side, -2, -1))
+    return jnp.block([[first, zeros], [side, last]])
+
+
+def _self_product(lower: Array) -> Array:
+    """N^T N of a lower triangular N."""
+    size = lower.shape[-1]
+    if size <= _WHOLE:
+        return _einsum("...ki,...kj->...ij", lower, lower)
+    half = size // 2
+    side, last = lower[..., half:, :half], lower[..., half:, half:]
+    first = _self_product(lower[..., :half, :half]) + _einsum("...ki,...kj->...ij", side, side)
+    corner = _einsum("...ki,...kj->...ij", last, side)
+    return jnp.block([[first, jnp.swapaxes(corner, -2, -1)], [corner, _self_product(last)]])

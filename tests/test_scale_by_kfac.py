@@ -125,6 +125,40 @@ def test_a_step_that_does_not_lower_the_loss_is_rejected():
     assert optax.tree.norm(update) == 0
 
 
+def test_rounding_is_not_taken_for_failure():
+    """Where the loss can't fall any more, steps stay accepted and damping does not run away."""
+    rng = np.random.default_rng(0)
+    head, params = fvp.Gaussian(), jax.tree.map(jnp.float32, layer(rng, 4, 2))
+    x, y = (jnp.float32(normal(rng, 9, k)) for k in (4, 2))
+    tx = fvp.scale_by_kfac(affine, head, num_samples=None)
+
+    def step(carry, _):
+        params, state = carry
+        gradient = jax.grad(lambda p: head.nll(affine(p, x), y).mean())(params)
+        updates, state = tx.update(gradient, state, params, batch=x, targets=y)
+        return (jax.tree.map(jnp.subtract, params, updates), state), state.damping
+
+    run = jax.jit(lambda state: jax.lax.scan(step, (params, state), length=60)[1])
+    damping = run(tx.init(params))
+    assert damping[-1] <= damping[0]
+
+
+def test_a_batch_that_says_nothing_leaves_damping_alone():
+    params, x, y = small()
+    tx = fvp.scale_by_kfac(tanh_mlp, HEAD)
+    update = jax.jit(
+        lambda g, x, w: tx.update(g, tx.init(params), params, batch=x, targets=y, weights=w)
+    )
+    for gradient, batch, weights in (
+        (jnp.zeros_like, x, jnp.zeros(8)),
+        (lambda p: jnp.full_like(p, jnp.nan), x.at[0].set(jnp.nan), jnp.ones(8)),
+    ):
+        updates, state = update(jax.tree.map(gradient, params), batch, weights)
+        assert not state.accepted
+        assert not any(np.any(leaf) for leaf in jax.tree.leaves(updates))
+        assert state.damping == tx.init(params).damping
+
+
 def test_a_bad_batch_stays_out_of_the_averages():
     params, x, y = small()
     tx = fvp.scale_by_kfac(tanh_mlp, HEAD, example_batch=x)

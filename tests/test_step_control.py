@@ -12,8 +12,10 @@ from jax.flatten_util import ravel_pytree
 from sklearn.datasets import load_diabetes
 
 import fvp
+from fvp.control import Outcome, Step
 from fvp.control.budget import Budget
 from fvp.control.line_search import halving_search
+from fvp.control.reduction_ratio import adapted_damping
 
 COMPILE_QUICKLY = True
 
@@ -328,6 +330,27 @@ def test_solve_that_ends_without_descent_does_not_end_training():
     assert not accepted.all()
     assert (accepted[1:] | accepted[:-1]).all()
     assert losses[-1] < 1e-6 * losses[0]
+
+
+# The classical rule -------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("error", "rounding", "accepted", "change"),
+    [
+        (0.1, 0.0, True, 0.5),
+        (0.5, 0.0, True, 1.0),
+        (0.9, 0.0, True, 2.0),
+        (2.0, 0.0, False, 4.0),
+        (0.9, 1.5, True, 1.0),
+    ],
+)
+def test_classical_rule_follows_the_ratio_of_reductions(error, rounding, accepted, change):
+    """The model says 1: its slope is 2, its curvature 2."""
+    step = Step(*(jnp.asarray(value) for value in (2.0, 2.0, 0.3, 1.0)))
+    outcome = Outcome(jnp.asarray(error), jnp.asarray(rounding), jnp.asarray(not accepted))
+    after = adapted_damping(jnp.asarray(0.2), step, outcome, jnp.asarray(accepted))
+    np.testing.assert_allclose(after, change * 0.2, rtol=1e-12)
 
 
 # Bounds in KL ------------------------------------------------------------------------------------

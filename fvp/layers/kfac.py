@@ -23,9 +23,10 @@ from fvp.layers.factors import (
     plans_of,
     with_corrected_eigenvalues,
 )
-from fvp.layers.kronecker import DAMPING_RULES
+from fvp.layers.kronecker import DAMPING_RULES, add_weight, weight_of
 from fvp.layers.report import Coverage, check_fallback, coverage_of
 from fvp.layers.rows import layer_rows
+from fvp.layers.views import Layout
 from fvp.numerics import cast_like, widen
 
 
@@ -110,12 +111,14 @@ class KFACInverse:
     """(K + damping I)^-1: multiplies trees like the parameters; a pytree."""
 
     factors: tuple[Any, ...]
-    operator: KFAC
+    diagonals: dict[int, Array]  # inverted
     damping: Array
+    layouts: tuple[tuple[Layout, ...], ...] = dataclasses.field(metadata={"static": True})
+    template: Any = dataclasses.field(metadata={"static": True})
 
     def mv(self, v: Any) -> Any:
         """The damped inverse times ``v``."""
-        return _solve(self, check_like(v, self.operator._like(), "v", "params"))
+        return _solve(self, check_like(v, jax.tree.unflatten(*self.template), "v", "params"))
 
     def __matmul__(self, v: Any) -> Any:
         return self.mv(v)
@@ -129,7 +132,7 @@ def _multiply(operator: KFAC, v: Any) -> Any:
     leaves = [widen(leaf) for leaf in jax.tree.leaves(v)]
     out = [jnp.zeros_like(leaf) for leaf in leaves]
     for block in operator.blocks:
-        block.add(out, block.multiply(block.weight(leaves)))
+        add_weight(block.layouts, out, block.multiply(weight_of(block.layouts, leaves)))
     for leaf, diagonal in operator.diagonals.items():
         out[leaf] = diagonal * leaves[leaf]
     return cast_like(jax.tree.unflatten(jax.tree.structure(v), out), v)
@@ -137,30 +140,31 @@ def _multiply(operator: KFAC, v: Any) -> Any:
 
 @compiled_when_eager
 def _invert(operator: KFAC, damping: Array, rule: str) -> KFACInverse:
-    factors = tuple(block.inverse(damping, rule) for block in operator.blocks)
-    return KFACInverse(factors, operator, damping)
+    return KFACInverse(
+        tuple(block.inverse(damping, rule) for block in operator.blocks),
+        {leaf: 1 / (d + damping.astype(d.dtype)) for leaf, d in operator.diagonals.items()},
+        damping,
+        tuple(block.layouts for block in operator.blocks),
+        operator.template,
+    )
 
 
 @compiled_when_eager
 def _solve(inverse: KFACInverse, v: Any) -> Any:
-    operator, leaves = inverse.operator, [widen(leaf) for leaf in jax.tree.leaves(v)]
+    leaves = [widen(leaf) for leaf in jax.tree.leaves(v)]
     out = [jnp.zeros_like(leaf) for leaf in leaves]
-    covered = [0] * len(leaves)
-    for block, factor in zip(operator.blocks, inverse.factors, strict=True):
-        block.add(out, factor.multiply(block.weight(leaves)))
-        for layout in block.layouts:
-            covered[layout.view.leaf] += math.prod(layout.shape)
+    for layouts, factor in zip(inverse.layouts, inverse.factors, strict=True):
+        add_weight(layouts, out, factor.multiply(weight_of(layouts, leaves)))
+    for leaf, diagonal in inverse.diagonals.items():
+        out[leaf] = diagonal * leaves[leaf]
     for leaf, x in enumerate(leaves):
-        damping = inverse.damping.astype(x.dtype)
-        if leaf in operator.diagonals:
-            out[leaf] = x / (operator.diagonals[leaf] + damping)
-        elif covered[leaf] < x.size:  # entries that the model does not read have no curvature
-            read = jnp.zeros_like(x)
-            for block in operator.blocks:
-                for layout in block.layouts:
-                    if layout.view.leaf == leaf:
-                        read += layout.leaf(jnp.ones(layout.shape, x.dtype))
-            out[leaf] = jnp.where(read > 0, out[leaf], x / damping)
+        used = [layout for block in inverse.layouts for layout in block if layout.view.leaf == leaf]
+        covered = sum(math.prod(layout.shape) for layout in used)
+        if leaf not in inverse.diagonals and covered < x.size:
+            # Entries that the model does not read have no curvature.
+            ones = [layout.leaf(jnp.ones(layout.shape, x.dtype)) for layout in used]
+            rest = x / inverse.damping.astype(x.dtype)
+            out[leaf] = jnp.where(sum(ones, jnp.zeros_like(x)) > 0, out[leaf], rest)
     return cast_like(jax.tree.unflatten(jax.tree.structure(v), out), v)
 
 

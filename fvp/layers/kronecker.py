@@ -16,6 +16,22 @@ from fvp.layers.views import Layout
 DAMPING_RULES = ("exact", "pi", "factored")
 
 
+def weight_of(layouts: tuple[Layout, ...], leaves: list[Any]) -> Array:
+    """The weight (G, I, O) of a block out of the leaves of a tree, a bias in its last row."""
+    parts = [layout.weight(leaves[layout.view.leaf]) for layout in layouts]
+    groups, _, outputs = parts[0].shape
+    parts[1:] = [part.reshape(groups, 1, outputs) for part in parts[1:]]
+    return jnp.concatenate(parts, axis=1)
+
+
+def add_weight(layouts: tuple[Layout, ...], leaves: list[Any], weight: Array) -> None:
+    """Adds the weight (G, I, O) of a block to the leaves it came from."""
+    inputs = layouts[0].shape[1]
+    parts = [weight[:, :inputs], weight[:, inputs:]]
+    for layout, part in zip(layouts, parts, strict=False):
+        leaves[layout.view.leaf] += layout.leaf(part.reshape(layout.shape))
+
+
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class KroneckerBlock:
@@ -34,20 +50,6 @@ class KroneckerBlock:
     corrected: Any
     bases: Any
     layouts: tuple[Layout, ...] = dataclasses.field(metadata={"static": True})
-
-    def weight(self, leaves: list[Any]) -> Array:
-        """The weight (G, I, O) out of the leaves of a tree, the bias in its last row."""
-        parts = [layout.weight(leaves[layout.view.leaf]) for layout in self.layouts]
-        groups, _, outputs = parts[0].shape
-        parts[1:] = [part.reshape(groups, 1, outputs) for part in parts[1:]]
-        return jnp.concatenate(parts, axis=1)
-
-    def add(self, leaves: list[Any], weight: Array) -> None:
-        """Adds the weight (G, I, O) to the leaves it came from."""
-        inputs = self.layouts[0].shape[1]
-        parts = [weight[:, :inputs], weight[:, inputs:]]
-        for layout, part in zip(self.layouts, parts, strict=False):
-            leaves[layout.view.leaf] += layout.leaf(part.reshape(layout.shape))
 
     def multiply(self, weight: Array) -> Array:
         """Left W right."""

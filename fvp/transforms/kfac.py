@@ -13,8 +13,11 @@ from jax.typing import ArrayLike
 
 from fvp.checks import check_like, check_positive_int
 from fvp.compilation import compiled_when_eager
+from fvp.control import Step
+from fvp.control.reduction_ratio import adapted_damping
+from fvp.control.trial import loss_outcome, mean_nll
 from fvp.curvature import CurvatureOperator, fisher
-from fvp.curvature.pieces import apply_weights, weighted_nll
+from fvp.curvature.pieces import apply_weights
 from fvp.heads import Head
 from fvp.layers.kfac import KFAC, kfac
 from fvp.numerics import (
@@ -29,8 +32,6 @@ from fvp.numerics import (
 ScalarOrSchedule = ArrayLike | Callable[[Array], ArrayLike]
 
 INVERSE_PERIOD = 5  # steps, where factors are kept between them
-# Levenberg-Marquardt: damping falls after a step that the model foresaw, and rises after a bad one.
-_FALL, _RISE, _SMALLEST = 0.5, 4.0, 1e-8
 
 
 class KFACState(NamedTuple):
@@ -179,17 +180,20 @@ def scale_by_kfac(
             summed = jax.tree.map(lambda a, b: decay * a + b.astype(a.dtype), factors, now)
             return tree_where(usable, (summed, decay * weight + 1), operands)
 
-        due = state.count % factor_period == 0
-        operands = (state.factors, state.weight)
-        factors, weight = jax.lax.cond(due, add, lambda operands: operands, operands)
+        # A branch that is always taken would cost copies of the factors.
+        due = state.count % factor_period == 0 if factor_period > 1 else True
+        factors, weight = conditionally(due, add, (state.factors, state.weight))
 
-        def invert(_: Any) -> Any:
+        def invert(last: Any) -> Any:
+            del last
             total = jnp.where(weight > 0, weight, 1)
             mean = jax.tree.map(lambda x: x / total.astype(x.dtype), factors)
             return mean.inverse(strength, rule=rule)
 
-        due = (state.count % inverse_period == 0) | ~state.accepted  # then damping has risen
-        inverse = jax.lax.cond(due, invert, lambda _: state.inverse, None)
+        due = True
+        if inverse_period > 1:  # and after a rejected step, when damping has risen
+            due = (state.count % inverse_period == 0) | ~state.accepted
+        inverse = conditionally(due, invert, state.inverse)
         return factors, weight, inverse, inverse
 
     @compiled_when_eager
@@ -204,21 +208,24 @@ def scale_by_kfac(
         direction = inverse.mv(gradient)
         last = state.last_step if momentum else None
         chosen, curvature, slope = best_step(exact, gradient, direction, last, strength)
-        scale = jnp.ones(())
+        length = jnp.ones(())
         if max_kl is not None:
-            scale = jnp.sqrt(jnp.minimum(1.0, 2 * max_kl / jnp.maximum(curvature, 1e-30)))
-            chosen = jax.tree.map(lambda x: (scale * x).astype(x.dtype), chosen)
-        curvature, slope = scale**2 * curvature, scale * slope
-        accepted = jnp.isfinite(curvature) & (slope > 0) & tree_is_finite(chosen)
+            length = jnp.sqrt(jnp.minimum(1.0, 2 * max_kl / jnp.maximum(curvature, 1e-30)))
+        record = Step(slope, curvature, strength * tree_vdot(chosen, chosen), length)
+        scaled = lambda a: jax.tree.map(lambda x: (a * x).astype(x.dtype), chosen)
+        descent = jnp.isfinite(curvature) & (slope > 0) & tree_is_finite(chosen)
+        accepted = descent
         if adaptive:
-            before = mean_loss(exact, exact.output, targets)
-            after = mean_loss(
-                exact, model_fn(jax.tree.map(jnp.subtract, params, chosen), batch), targets
+            loss = lambda z: mean_nll(head, z, targets, weights, None)
+            moved = lambda a: jax.tree.map(jnp.subtract, params, scaled(a))
+            outcome = loss_outcome(
+                record, loss(exact.output), lambda a: loss(model_fn(moved(a), batch))
             )
-            fell = (before - after) / (slope - 0.5 * curvature)
-            accepted &= jnp.isfinite(after) & (after < before)
-            factor_ = jnp.where(fell > 0.75, _FALL, jnp.where(fell < 0.25, 2.0, 1.0))
-            strength = jnp.maximum(strength * jnp.where(accepted, factor_, _RISE), _SMALLEST)
+            accepted = descent & ~outcome.worse
+            # A bad batch or a gradient of zero says nothing about damping.
+            adapted = adapted_damping(strength, record, outcome, accepted)
+            strength = jnp.where(descent, adapted, strength)
+        chosen = scaled(length)
         zeros = jax.tree.map(jnp.zeros_like, chosen)
         chosen = tree_where(accepted, chosen, zeros)
         return chosen, KFACState(
@@ -228,7 +235,7 @@ def scale_by_kfac(
             inverse=kept,
             last_step=jax.tree.map(lambda x, y: x.astype(y.dtype), chosen, state.last_step),
             damping=strength.astype(jnp.float32),
-            predicted_kl=jnp.where(accepted, 0.5 * curvature, 0).astype(jnp.float32),
+            predicted_kl=jnp.where(accepted, 0.5 * length**2 * curvature, 0).astype(jnp.float32),
             accepted=accepted,
         )
 
@@ -255,10 +262,9 @@ def scale_by_kfac(
     return optax.GradientTransformationExtraArgs(init, update)  # pyright: ignore[reportArgumentType]
 
 
-def mean_loss(operator: CurvatureOperator, z: Array, targets: Any) -> Array:
-    """The mean loss of the operator's examples at the outputs ``z``."""
-    piece = operator.piece
-    return weighted_nll(piece.head, z, targets, piece.weights) / operator.total
+def conditionally(due: Array | bool, change: Callable[[Any], Any], value: Any) -> Any:
+    """``change(value)`` where due, else ``value``."""
+    return change(value) if due is True else jax.lax.cond(due, change, lambda value: value, value)
 
 
 def best_step(
