@@ -1,4 +1,4 @@
-"""Batches split over mesh axes: sums across devices, and rows that stay where they are.
+"""Batches split over mesh axes: sums across devices, rows that stay where they are, shared work.
 
 Under ``jit`` with sharded arrays the compiler does all of this. Two cases need a word:
 inside ``jax.shard_map`` (or a named ``vmap``) each device sees its own examples, and the caller
@@ -8,11 +8,13 @@ regroup sharded rows.
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 from jax import Array
-from jax.sharding import PartitionSpec
+from jax.sharding import AxisType, Mesh, PartitionSpec
 
 from fvp.numerics import widen_tree
 
@@ -104,3 +106,47 @@ def map_rows(function: Any, x: Array, rows: Any, in_axis: int, out_axis: int) ->
     in_spec = PartitionSpec(*[None] * in_axis, rows)
     out_spec = PartitionSpec(*[None] * out_axis, rows)
     return jax.shard_map(function, in_specs=in_spec, out_specs=out_spec, axis_names=names)(x)
+
+
+def auto_sharded(function: Callable[..., Any], *args: Any, like: Any = None) -> Any:
+    """``function(*args)`` with Explicit mesh axes left to the compiler.
+
+    For code that regroups rows freely. Its results are replicated, or sharded like the tree
+    ``like``.
+    """
+    if AxisType.Explicit not in jax.sharding.get_abstract_mesh().axis_types:
+        return function(*args)
+    specs = PartitionSpec()
+    if like is not None:
+        specs = jax.tree.map(lambda x: jax.typeof(x).sharding.spec, like)
+    return jax.sharding.auto_axes(function, out_sharding=specs)(*args)
+
+
+def share_out(
+    function: Callable[[Any], Any], items: Sequence[Any], costs: Sequence[float], mesh: Mesh
+) -> tuple[Any, ...]:
+    """``function(item)`` of every item, each made by one device of ``mesh`` and sent to all."""
+    axes, owners = mesh.axis_names, balanced_owners(costs, mesh.size)
+
+    def share(items: Any) -> Any:
+        index, results = jax.lax.axis_index(axes), []
+        for item, owner in zip(to_local(items, axes, "items"), owners, strict=True):
+            shapes = jax.eval_shape(function, item)
+            absent = jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), shapes)
+            absent = to_local(absent, axes, "items")
+            mine = jax.lax.cond(index == owner, function, lambda _, absent=absent: absent, item)
+            results.append(jax.lax.psum(mine, axes))
+        return tuple(results)
+
+    replicated = PartitionSpec()
+    mapped = jax.shard_map(share, mesh=mesh, in_specs=replicated, out_specs=replicated)
+    return mapped(tuple(items))
+
+
+def balanced_owners(costs: Sequence[float], count: int) -> list[int]:
+    """Which of ``count`` devices takes each item: the dearest first, to the least busy one."""
+    load, owners = [0.0] * count, [0] * len(costs)
+    for item in sorted(range(len(costs)), key=lambda i: -costs[i]):
+        owners[item] = min(range(count), key=load.__getitem__)
+        load[owners[item]] += costs[item]
+    return owners

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -19,6 +20,7 @@ from fvp.layers.groups import Rows
 from fvp.layers.report import check_fallback
 from fvp.layers.rows import CHUNK, LayerRows, layer_rows
 from fvp.layers.squares import squared
+from fvp.mesh import auto_sharded
 from fvp.numerics import cast_like, widen
 
 
@@ -82,22 +84,27 @@ def fisher_diagonal(
     check_fallback(fallback)
     params = check_inexact_tree(params, "params")
     axes, structure = jax.tree.flatten(batch_axes, is_leaf=lambda axis: axis is None)
-    static = (structure, tuple(axes))
-    return _diagonal(model_fn, num_samples, static, fallback, head, params, batch, weights, key)
+    static = ((structure, tuple(axes)), num_samples, fallback)
+    return _diagonal(model_fn, static, head, params, batch, weights, key)
 
 
 @compiled_when_eager
-def _diagonal(
+def _diagonal(model_fn: Any, static: Any, head: Head, params: Any, *data: Any) -> Any:
+    return auto_sharded(
+        functools.partial(_squares, model_fn, static), head, params, *data, like=params
+    )
+
+
+def _squares(
     model_fn: Any,
-    num_samples: int,
-    axes: Any,
-    fallback: str | None,
+    static: Any,
     head: Head,
     params: Any,
     batch: Any,
     weights: Any,
     key: Any,
 ) -> Any:
+    axes, num_samples, fallback = static
     keys = None if key is None else jax.random.split(key, num_samples)
     batch_axes = jax.tree.unflatten(*axes)
     captured = layer_rows(model_fn, head, params, batch, weights, batch_axes, fallback, keys=keys)

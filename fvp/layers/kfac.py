@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import math
 from collections.abc import Callable
 from typing import Any
@@ -11,6 +12,7 @@ import jax
 import jax.numpy as jnp
 from jax import Array
 from jax.flatten_util import ravel_pytree
+from jax.sharding import Mesh
 from jax.typing import ArrayLike
 
 from fvp.checks import check_inexact_tree, check_like, check_positive_int
@@ -27,6 +29,7 @@ from fvp.layers.kronecker import DAMPING_RULES, add_weight, weight_of
 from fvp.layers.report import Coverage, check_fallback, coverage_of
 from fvp.layers.rows import layer_rows
 from fvp.layers.views import Layout
+from fvp.mesh import auto_sharded, share_out
 from fvp.numerics import cast_like, widen
 
 
@@ -59,7 +62,9 @@ class KFAC:
         """The damped inverse times ``v``; see :meth:`inverse`, which is better for many vectors."""
         return self.inverse(damping, rule=rule).mv(v)
 
-    def inverse(self, damping: ArrayLike, *, rule: str = "exact") -> KFACInverse:
+    def inverse(
+        self, damping: ArrayLike, *, rule: str = "exact", mesh: Mesh | None = None
+    ) -> KFACInverse:
         """(K + damping I)^-1 as an operator, factorised once; pass it to ``fvp.cg`` as ``M=``.
 
         Args:
@@ -70,10 +75,12 @@ class KFAC:
             pi^2 = mean eigenvalue of left / mean eigenvalue of right (Martens and Grosse 2015,
             section 6.3), by Cholesky; "factored": the same with pi = 1.
             Eigenvalue-corrected factors are always damped exactly.
+          mesh: a device mesh: each of its devices inverts its share of the blocks and sends it to
+            the others. Without one every device inverts all.
         """
         if rule not in DAMPING_RULES:
             raise ValueError(f"rule: expected one of {DAMPING_RULES}, got {rule!r}.")
-        return _invert(self, jnp.asarray(damping), rule)
+        return _invert(self, jnp.asarray(damping), rule, mesh)
 
     def trace(self) -> Array:
         """The trace."""
@@ -129,6 +136,10 @@ class KFACInverse:
 
 @compiled_when_eager
 def _multiply(operator: KFAC, v: Any) -> Any:
+    return auto_sharded(_product, operator, v, like=v)
+
+
+def _product(operator: KFAC, v: Any) -> Any:
     leaves = [widen(leaf) for leaf in jax.tree.leaves(v)]
     out = [jnp.zeros_like(leaf) for leaf in leaves]
     for block in operator.blocks:
@@ -139,9 +150,15 @@ def _multiply(operator: KFAC, v: Any) -> Any:
 
 
 @compiled_when_eager
-def _invert(operator: KFAC, damping: Array, rule: str) -> KFACInverse:
+def _invert(operator: KFAC, damping: Array, rule: str, mesh: Mesh | None) -> KFACInverse:
+    if mesh is None:
+        factors = tuple(block.inverse(damping, rule) for block in operator.blocks)
+    else:
+        costs = [block.inversion_cost for block in operator.blocks]
+        items = [(block, damping) for block in operator.blocks]
+        factors = share_out(lambda item: item[0].inverse(item[1], rule), items, costs, mesh)
     return KFACInverse(
-        tuple(block.inverse(damping, rule) for block in operator.blocks),
+        factors,
         {leaf: 1 / (d + damping.astype(d.dtype)) for leaf, d in operator.diagonals.items()},
         damping,
         tuple(block.layouts for block in operator.blocks),
@@ -151,6 +168,10 @@ def _invert(operator: KFAC, damping: Array, rule: str) -> KFACInverse:
 
 @compiled_when_eager
 def _solve(inverse: KFACInverse, v: Any) -> Any:
+    return auto_sharded(_solution, inverse, v, like=v)
+
+
+def _solution(inverse: KFACInverse, v: Any) -> Any:
     leaves = [widen(leaf) for leaf in jax.tree.leaves(v)]
     out = [jnp.zeros_like(leaf) for leaf in leaves]
     for layouts, factor in zip(inverse.layouts, inverse.factors, strict=True):
@@ -246,7 +267,11 @@ def kfac(
 
 
 @compiled_when_eager
-def _build(
+def _build(model_fn: Any, static: Any, *data: Any) -> KFAC:
+    return auto_sharded(functools.partial(_factored, model_fn, static), *data)
+
+
+def _factored(
     model_fn: Any,
     static: Any,
     head: Head,

@@ -73,6 +73,12 @@ class KroneckerBlock:
         right = jnp.diagonal(self.right, axis1=1, axis2=2)
         return jnp.sum(left.sum(1) * right.sum(1))
 
+    @property
+    def inversion_cost(self) -> float:
+        """What inverting the block costs, up to a constant: the cubes of its factors' sizes."""
+        left = 0 if self.left.ndim == 2 else self.left.shape[0] * self.left.shape[1] ** 3
+        return left + self.right.shape[0] * self.right.shape[1] ** 3
+
     def inverse(self, damping: Any, rule: str) -> Any:
         """The damped inverse as a pytree with ``multiply``."""
         if rule == "exact" or self.corrected is not None:

@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 import optax
 from jax import Array
+from jax.sharding import Mesh
 from jax.typing import ArrayLike
 
 from fvp.checks import check_like, check_positive_int
@@ -65,6 +66,7 @@ def scale_by_kfac(
     max_kl: float | None = None,
     batch_axes: Any = 0,
     fallback: str | None = None,
+    mesh: Mesh | None = None,
 ) -> optax.GradientTransformationExtraArgs:
     r"""Multiplies the gradient by the inverse of the damped Kronecker-factored Fisher.
 
@@ -100,6 +102,7 @@ def scale_by_kfac(
       max_kl: most predicted KL divergence, 1/2 d^T F d, of a step d; longer ones are shortened.
       batch_axes: where the example axis of each leaf of ``batch`` is.
       fallback: see :func:`fvp.kfac`.
+      mesh: the devices among which inversions are shared, see :meth:`fvp.KFAC.inverse`.
 
     Returns:
       An ``optax.GradientTransformationExtraArgs``; diagnostics are in its state.
@@ -171,7 +174,7 @@ def scale_by_kfac(
         batch, _, weights = data
         if state.factors is None:
             now = factor(params, batch, weights, state.count)
-            return None, state.weight, now.inverse(strength, rule=rule), None
+            return None, state.weight, now.inverse(strength, rule=rule, mesh=mesh), None
 
         def add(operands: Any) -> Any:
             factors, weight = operands
@@ -188,7 +191,7 @@ def scale_by_kfac(
             del last
             total = jnp.where(weight > 0, weight, 1)
             mean = jax.tree.map(lambda x: x / total.astype(x.dtype), factors)
-            return mean.inverse(strength, rule=rule)
+            return mean.inverse(strength, rule=rule, mesh=mesh)
 
         due = True
         if inverse_period > 1:  # and after a rejected step, when damping has risen

@@ -1,0 +1,128 @@
+"""Layer curvature on eight devices equals that on one; inversions are shared out."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from dense import relative_error
+from jax.sharding import AxisType, NamedSharding
+from jax.sharding import PartitionSpec as P
+from sharded_problem import (
+    DEVICES,
+    HEAD,
+    KEY,
+    PARAMS,
+    VECTOR,
+    examples,
+    loss,
+    needs_eight_devices,
+    plain_model,
+)
+
+import fvp
+from fvp.mesh import balanced_owners
+
+COMPILE_QUICKLY = True
+pytestmark = needs_eight_devices
+
+LAYOUTS = {
+    "DP": dict.fromkeys(PARAMS, P()),
+    "FSDP": {"w1": P("data", None), "b1": P("data"), "w2": P("data", None), "b2": P()},
+    "TP": {"w1": P(None, "model"), "b1": P("model"), "w2": P("model", None), "b2": P()},
+}
+
+
+def make_mesh(axis_type):
+    return jax.make_mesh((4, 2), ("data", "model"), axis_types=(axis_type,) * 2, devices=DEVICES)
+
+
+def curvatures(params, v, x, y, w, mesh=None):
+    K = fvp.kfac(plain_model, HEAD, params, x, weights=w)
+    empirical = fvp.kfac(plain_model, HEAD, params, x, targets=y, weights=w)
+    return {
+        "product": K @ v,
+        "pi": K.inverse(0.1, rule="pi", mesh=mesh).mv(v),
+        "exact": empirical.inverse(0.1, mesh=mesh).mv(v),
+        "diagonal": fvp.fisher_diagonal(plain_model, HEAD, params, x, weights=w),
+        "sampled": fvp.fisher_diagonal(plain_model, HEAD, params, x, weights=w, key=KEY),
+    }
+
+
+def train(tx, params, x, y, w):
+    state = tx.init(params)
+    for _ in range(2):
+        gradient = jax.grad(functools.partial(loss, plain_model))(params, x, y, w)
+        updates, state = tx.update(gradient, state, params, batch=x, targets=y, weights=w)
+        params = jax.tree.map(jnp.subtract, params, updates)
+    return updates, state.accepted
+
+
+def placed(mesh, layout):
+    shardings = {name: NamedSharding(mesh, spec) for name, spec in LAYOUTS[layout].items()}
+    params, vector = jax.device_put((PARAMS, VECTOR), (shardings,) * 2)
+    rows = [jax.device_put(leaf, NamedSharding(mesh, P("data"))) for leaf in data()]
+    return params, vector, *rows
+
+
+def data():
+    x, y, w = examples(padded=True)
+    return x, jnp.maximum(y, 0), w
+
+
+@functools.cache
+def unsharded():
+    return jax.jit(curvatures)(PARAMS, VECTOR, *data())
+
+
+@pytest.mark.parametrize("axis_type", [AxisType.Auto, AxisType.Explicit], ids=str)
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_sharded_curvature_equals_unsharded(layout, axis_type):
+    mesh = make_mesh(axis_type)
+    with jax.set_mesh(mesh):
+        arguments = placed(mesh, layout)
+        found = jax.jit(functools.partial(curvatures, mesh=mesh))(*arguments)
+    for name, value in found.items():
+        assert relative_error(jax.device_get(value), unsharded()[name]) < 2e-5, name
+        if axis_type == AxisType.Explicit:
+            for leaf, spec in LAYOUTS[layout].items():
+                assert value[leaf].sharding.is_equivalent_to(NamedSharding(mesh, spec), 2)
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_sharded_step_equals_unsharded(layout):
+    mesh, (x, y, w) = make_mesh(AxisType.Auto), data()
+    options = {
+        "num_samples": None,
+        "inverse_period": 2,
+        "example_batch": jax.ShapeDtypeStruct(x.shape, x.dtype),
+    }
+    one = functools.partial(train, fvp.scale_by_kfac(plain_model, HEAD, **options))
+    expected, accepted = jax.jit(one)(PARAMS, x, y, w)
+    assert accepted
+    shared = functools.partial(train, fvp.scale_by_kfac(plain_model, HEAD, mesh=mesh, **options))
+    with jax.set_mesh(mesh):
+        params, _, *batch = placed(mesh, layout)
+        found, _ = jax.jit(shared)(params, *batch)
+    assert relative_error(jax.device_get(found), expected) < 2e-5
+
+
+@pytest.mark.parametrize("shared", [False, True])
+def test_each_block_is_inverted_by_one_device(shared):
+    """With a mesh no factorisation is part of the program that all devices run."""
+    mesh = make_mesh(AxisType.Auto)
+    K = fvp.kfac(plain_model, HEAD, PARAMS, data()[0])
+    invert = lambda K: K.inverse(0.1, rule="pi", mesh=mesh if shared else None)
+    replicated = jax.device_put(K, NamedSharding(mesh, P()))
+    text = jax.jit(invert).lower(replicated).compile().as_text()
+    everywhere = text[text.index("\nENTRY ") :]
+    assert "potrf" in text
+    assert ("potrf" in everywhere) is not shared
+
+
+def test_owners_are_balanced():
+    assert balanced_owners([1, 1, 1, 1], 4) == [0, 1, 2, 3]
+    costs = [3, 5, 3, 4, 3]
+    owners = balanced_owners(costs, 2)
+    np.testing.assert_array_equal(np.bincount(owners, costs), [8, 10])
