@@ -108,6 +108,28 @@ def test_sharded_step_equals_unsharded(layout):
     assert relative_error(jax.device_get(found), expected) < 2e-5
 
 
+def solve(params, v, x, y, w):
+    F = fvp.fisher(plain_model, HEAD, params, x, weights=w)
+    _, gradient = F.value_and_grad(y)
+    return fvp.solve_dual(F, v, 0.1), fvp.solve_dual(F, gradient, 0.1, targets=y)
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_sharded_dual_solve_equals_unsharded(layout):
+    with jax.set_mesh(mesh := make_mesh(AxisType.Auto)):
+        found = jax.jit(solve)(*placed(mesh, layout))
+    assert relative_error(jax.device_get(found), jax.jit(solve)(PARAMS, VECTOR, *data())) < 1e-5
+
+
+def test_dual_solve_of_explicitly_sharded_examples_says_what_to_do():
+    with jax.set_mesh(mesh := make_mesh(AxisType.Explicit)):
+        arguments = placed(mesh, "DP")
+        with pytest.raises(ValueError, match=r"auto_axes"):
+            jax.jit(solve)(*arguments)
+        found = jax.jit(jax.sharding.auto_axes(solve, out_sharding=P()))(*arguments)
+    assert relative_error(jax.device_get(found), jax.jit(solve)(PARAMS, VECTOR, *data())) < 1e-5
+
+
 @pytest.mark.parametrize("shared", [False, True])
 def test_each_block_is_inverted_by_one_device(shared):
     """With a mesh no factorisation is part of the program that all devices run."""

@@ -20,6 +20,7 @@ from fvp.layers.capture import capture
 from fvp.layers.columns import exact_root_coefficients, metric_columns
 from fvp.layers.gram import gram_matrix
 from fvp.layers.rows import CHUNK, LayerRows, rows_of_capture
+from fvp.mesh import row_axes
 from fvp.numerics import cast_like, tree_axpy, tree_vdot, tree_where, widen, widen_tree
 
 
@@ -53,7 +54,8 @@ def solve_dual(
 
     Raises:
       TypeError: for an operator that is not a sum of outer products, such as the Hessian.
-      ValueError: for a chunked operator, or a damping that is not positive.
+      ValueError: for a chunked operator, a damping that is not positive, or examples sharded over
+        Explicit mesh axes.
 
     Example:
       >>> import jax.numpy as jnp, fvp
@@ -76,6 +78,11 @@ def solve_dual(
         raise TypeError(f"operator: solve_dual expects a Fisher or GGN, got one of a {kind}.")
     if operator.axis_name is not None:
         raise ValueError("operator: solve_dual expects one built without axis_name.")
+    if row_axes(operator.piece.output) is not None:
+        raise ValueError(
+            "operator: its examples are sharded over Explicit mesh axes, which solve_dual regroups;"
+            " build and solve inside jax.sharding.auto_axes."
+        )
     if isinstance(damping, (int, float)) and not damping > 0:
         raise ValueError(f"damping: solve_dual expects a positive number, got {damping}.")
     rhs = check_like(rhs, operator._like(), "rhs", "params", cast=False)

@@ -20,6 +20,7 @@ from jax.typing import ArrayLike
 from fvp.curvature.operator import CurvatureOperator
 from fvp.curvature.pieces import GaussNewtonPiece
 from fvp.factorization import SemidefiniteFactor
+from fvp.mesh import row_axes
 from fvp.numerics import cast_like, tree_axpy, tree_is_finite, tree_vdot, wide_dtype, widen_tree
 from fvp.solvers.conjugate_gradient import CGInfo, cg
 from fvp.solvers.dual import DualSystem, ExampleRows
@@ -33,13 +34,16 @@ def choose_solver(operator: CurvatureOperator) -> str:
     """One of "dual", "dense" and "cg", from shapes alone.
 
     "dual" where examples x outputs are at most 4096 and fewer than the parameters; "dense" where
-    the parameters are at most 1024; "cg" otherwise, and for operators that "dual" does not take.
+    the parameters are at most 1024; "cg" otherwise, for operators that "dual" does not take, and
+    for examples sharded over Explicit mesh axes.
     """
     parameters = sum(math.prod(shape.shape) for shape in operator.template[1])
     if operator.axis_name is not None:
         return "cg"
     if isinstance(operator.piece, GaussNewtonPiece):
-        rows = operator.piece.output.size
+        rows, sharded = operator.piece.output.size, row_axes(operator.piece.output)
+        if sharded is not None:
+            return "cg"
         if rows <= _MOST_ROWS and rows < parameters:
             return "dual"
     return "dense" if parameters <= _MOST_PARAMETERS else "cg"
