@@ -2,6 +2,7 @@
 
 import functools
 
+import chex
 import jax
 import jax.numpy as jnp
 import pytest
@@ -70,6 +71,31 @@ def test_solve_and_training_step_are_the_global_ones(check_vma):
     assert_unchanged(
         shard_map(compute, mesh_of(data=8), P("data"), check_vma)(PARAMS, VECTOR, *BATCH)
     )
+
+
+@pytest.mark.parametrize("check_vma", [True, False])
+def test_defaults_take_the_global_steps(check_vma):
+    """Damping, rejection and budget follow the loss of all devices."""
+
+    def train(axis_name, params, v, x, y, w):
+        tx = fvp.natural_gradient(1.0, plain_model, HEAD, axis_name=axis_name)
+
+        def step(carry, _):
+            params, state = carry
+            F = fvp.fisher(plain_model, HEAD, params, x, weights=w, axis_name=axis_name)
+            value, gradient = F.value_and_grad(y)
+            data = {"operator": F, "batch": x, "targets": y, "weights": w}
+            updates, state = tx.update(gradient, state, params, **data)
+            return (jax.tree.map(jnp.add, params, updates), state), (value, state.damping)
+
+        return jax.lax.scan(step, (params, tx.init(params)), length=4)
+
+    arguments = (PARAMS, VECTOR, *examples(padded=False))
+    (_, state), trace = expected = jax.jit(functools.partial(train, None))(*arguments)
+    assert state.accepted
+    assert trace[0][-1] < 0.5 * trace[0][0]
+    mapped = shard_map(functools.partial(train, "data"), mesh_of(data=8), P("data"), check_vma)
+    chex.assert_trees_all_close(mapped(PARAMS, VECTOR, *BATCH), expected, rtol=1e-3, atol=1e-4)
 
 
 @pytest.mark.parametrize(
