@@ -426,6 +426,18 @@ def test_line_search_finds_the_best_halving(search):
     np.testing.assert_allclose(flatten(updates), 2.0**-first * flatten(d), rtol=1e-6)
 
 
+def test_line_search_does_not_try_its_length_again():
+    """With value= the loss is traced twice: at the whole step, and in the loop that halves it."""
+    p, traced = problem(), []
+
+    def value_fn(params, batch):
+        traced.append(0)
+        return p.head.nll(p.model_fn(params, batch), p.targets).mean()
+
+    p.step(adaptive(p, damping=0.1, line_search="loss"), value_fn=value_fn, value=p.loss(p.params))
+    assert len(traced) == 2
+
+
 # Errors ------------------------------------------------------------------------------------------
 
 

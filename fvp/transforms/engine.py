@@ -176,8 +176,9 @@ def _step(
         shrink = length_within_kl(predicted_kl, limit, exact, constant=options.constant_kl)
         length, predicted_kl = shrink * length, jnp.square(shrink) * predicted_kl
         at = moves(params, path, gradient, length)
+    after = None
     if options.line_search is not None:
-        shrink = search_length(options, operator, params, solution, length, at, data)
+        shrink, after = search_length(options, operator, params, solution, length, at, data)
         length, predicted_kl = shrink * length, jnp.square(shrink) * predicted_kl
         at = moves(params, path, gradient, length)
     record = Step(
@@ -188,7 +189,7 @@ def _step(
     )
     outcome = unknown_outcome(record)
     if options.adaptive or options.line_search is not None:
-        outcome = try_step(options, operator, params, at, record, predicted_kl, data)
+        outcome = try_step(options, operator, params, at, record, predicted_kl, data, after)
     accepted = descent & ~outcome.worse & (length != 0)
     if not isinstance(options.rule, FixedDamping) and control is not None:
         # A gradient that is zero or not finite, or a loss that was not finite before the step, says

@@ -59,12 +59,16 @@ def try_step(
     record: Step,
     predicted_kl: Array,
     data: Data,
+    after: Array | None,
 ) -> Outcome:
-    """Tries the step on the loss where there is one, else on the divergence that it makes."""
+    """Tries the step on the loss where there is one, else on the divergence that it makes.
+
+    ``after`` is the loss after the step where a search knows it.
+    """
     if data.has_loss:
         loss = _loss(options, data)
         before = loss_before(options, operator, params, data)
-        return loss_outcome(record, before, lambda _: loss(at(1)))
+        return loss_outcome(record, before, lambda _: loss(at(1)) if after is None else after)
     if data.batch is None:
         return unknown_outcome(record)
     return divergence_outcome(record, predicted_kl, divergence(options, operator, at(1), data))
@@ -88,21 +92,21 @@ def search_length(
     length: Any,
     at: Callable[[Any], Any],
     data: Data,
-) -> Array:
-    """The multiple of the step that the line search prefers."""
+) -> tuple[Array, Array | None]:
+    """The multiple of the step that the line search prefers, and the loss there if it knows it."""
     if options.line_search == "loss":
         if not data.has_loss:
             raise ValueError('line_search: "loss" expects batch=, and targets= or value_fn=.')
         loss = _loss(options, data)
         before = loss_before(options, operator, params, data)
-        return halving_search(lambda a: loss(at(a)), before)[0]
+        return halving_search(lambda a: loss(at(a)), before)
     if data.batch is None or data.targets is None:
         raise ValueError('line_search: "outputs" expects batch= and targets=.')
     linearization = Linearization.of(lambda p: _outputs(options, p, data), params)
     change = length * linearization.jvp(cast_like(solution, params))
     change = change.astype(operator.output.dtype)
     loss = _nll(options, data)
-    return output_search(loss, operator.output, change, loss(operator.output))[0]
+    return output_search(loss, operator.output, change, loss(operator.output))[0], None
 
 
 def _loss(options: Options, data: Data) -> Callable[[Any], Array]:
