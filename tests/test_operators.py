@@ -394,6 +394,10 @@ def test_quadratic_form_and_its_gradient(operators, curvature):
     assert value.shape == ()
     np.testing.assert_allclose(value, flat(v) @ matrix @ flat(v), rtol=1e-11)
     assert relative_error(flat(gradient), 2 * matrix @ flat(v)) < 1e-11
+    w = jax.tree.map(lambda x: jnp.cos(3 * x), v)
+    both = np.stack([flat(v), flat(w)])
+    found = quick_jit(lambda v, w: operator.inner_products(v, w))(v, w)
+    np.testing.assert_allclose(found, both @ matrix @ both.T, rtol=1e-9)
 
 
 @every_curvature

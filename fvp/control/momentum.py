@@ -7,7 +7,9 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jax import Array
 
+from fvp.curvature.pieces import pairs
 from fvp.numerics import cast_like, tree_axpy, tree_vdot, unit, widen_tree
 
 
@@ -30,39 +32,45 @@ def spring_rhs(gradient: Any, pull: Any, momentum: Any) -> Any:
     return tree_axpy(momentum, pull, gradient)
 
 
-def quadratic_model_step(
+def best_of_plane(
     operator: Any, damp: Callable[[Any], Any], gradient: Any, direction: Any, previous: Any
-) -> tuple[Any, Any]:
+) -> tuple[Any, Array]:
     """Minimises the damped model over the plane of the direction and the previous step.
 
     With A = F + Lambda solves [[d.Ad, d.Au], [d.Au, u.Au]] (a, m) = (g.d, g.u) for the step
-    a d + m u, from one product with each. Where u is zero or parallel to d, m is zero.
+    a d + m u; a JVP with each is all that F costs. Where u is zero or parallel to d, m is zero.
 
     Args:
       operator: the curvature F.
       damp: ``v -> Lambda v``, the damping and the l2 term.
       gradient: pytree g.
       direction: pytree d, the new direction.
-      previous: pytree u, the previous step; zeros at first.
+      previous: pytree u, the previous step; zeros at first. None leaves it out.
 
     Returns:
-      The step s, and F s.
+      The step s, to be subtracted, and s^T F s.
 
     Reference:
       J. Martens, R. Grosse, Optimizing neural networks with Kronecker-factored approximate
       curvature, 2015, section 7.
     """
-    d, u = widen_tree(direction), widen_tree(previous)
+    vectors = [direction] if previous is None else [direction, previous]
     # Each is brought to unit length first: the products of tiny steps would underflow.
-    d, u = unit(d), unit(u)
-    fd, fu = (widen_tree(operator.mv(cast_like(x, y))) for x, y in ((d, direction), (u, previous)))
-    ad, au = tree_axpy(1, damp(d), fd), tree_axpy(1, damp(u), fu)
-    p, q, r = tree_vdot(d, ad), tree_vdot(u, ad), tree_vdot(u, au)
-    gd, gu = tree_vdot(gradient, d), tree_vdot(gradient, u)
-    determinant = p * r - q * q
-    plane = determinant > 1e-4 * p * r  # below, rounding in float32 would choose the step
-    safe = jnp.where(plane, determinant, 1)
-    a = jnp.where(plane, (r * gd - q * gu) / safe, gd / jnp.where(p > 0, p, 1))
-    m = jnp.where(plane, (p * gu - q * gd) / safe, 0)
-    combine = lambda x, y: a.astype(x.dtype) * x + m.astype(y.dtype) * y
-    return cast_like(jax.tree.map(combine, d, u), direction), jax.tree.map(combine, fd, fu)
+    vectors = [unit(widen_tree(v)) for v in vectors]
+    curvature = operator.inner_products(*(cast_like(v, direction) for v in vectors))
+    slopes = [tree_vdot(gradient, v) for v in vectors]
+    damped = curvature + pairs(tree_vdot, vectors, [damp(v) for v in vectors])
+    p = damped[0, 0]
+    lengths = [slopes[0] / jnp.where(p > 0, p, 1)]
+    if previous is not None:
+        q, r = damped[0, 1], damped[1, 1]
+        determinant = p * r - q * q
+        plane = determinant > 1e-4 * p * r  # below, rounding in float32 would choose the step
+        safe = jnp.where(plane, determinant, 1)
+        lengths = [
+            jnp.where(plane, (r * slopes[0] - q * slopes[1]) / safe, lengths[0]),
+            jnp.where(plane, (p * slopes[1] - q * slopes[0]) / safe, 0),
+        ]
+    combine = lambda *xs: sum(a.astype(x.dtype) * x for a, x in zip(lengths, xs, strict=True))
+    step, weights = cast_like(jax.tree.map(combine, *vectors), direction), jnp.stack(lengths)
+    return step, weights @ curvature.astype(weights.dtype) @ weights

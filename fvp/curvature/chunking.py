@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -38,9 +38,9 @@ class ChunkedPiece:
         """The product, summed over chunks."""
         return cast_like(self._sum(lambda piece, _: piece.product(v, scale)), v)
 
-    def quadratic_form(self, v: Any, scale: Array) -> Array:
-        """The quadratic form, summed over chunks."""
-        return self._sum(lambda piece, _: piece.quadratic_form(v, scale))
+    def inner_products(self, vectors: Sequence[Any], scale: Array) -> Array:
+        """The inner products of all pairs, summed over chunks."""
+        return self._sum(lambda piece, _: piece.inner_products(vectors, scale))
 
     def value_and_gradient(self, targets: Any, scale: Array) -> tuple[Array, Any]:
         """Loss and gradient, summed over chunks."""

@@ -85,7 +85,12 @@ class CurvatureOperator:
 
     def quadratic_form(self, v: Any) -> Array:
         """v^T (curvature) v as a scalar in float32 or wider; costs one JVP where z suffices."""
-        return _quadratic_form(self, check_like(v, self._like(), "v", "params"))
+        return self.inner_products(v)[0, 0]
+
+    def inner_products(self, *vectors: Any) -> Array:
+        """The matrix of v_i^T (curvature) v_j; costs one JVP for each vector where z suffices."""
+        like = self._like()
+        return _inner_products(self, [check_like(v, like, "v", "params") for v in vectors])
 
     def value_and_grad(self, targets: Any) -> tuple[Array, Any]:
         """The mean loss at ``targets`` and its gradient, from the same linearisation.
@@ -120,9 +125,9 @@ def _product(operator: CurvatureOperator, v: Any) -> Any:
 
 
 @compiled_when_eager
-def _quadratic_form(operator: CurvatureOperator, v: Any) -> Array:
-    v = to_local(v, operator.axis_name, "v")
-    return operator._mean(operator.piece.quadratic_form(v, operator.scale))
+def _inner_products(operator: CurvatureOperator, vectors: list[Any]) -> Array:
+    vectors = to_local(vectors, operator.axis_name, "v")
+    return operator._mean(operator.piece.inner_products(vectors, operator.scale))
 
 
 @compiled_when_eager

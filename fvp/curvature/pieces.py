@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -64,6 +64,11 @@ def weighted_nll(head: Head, z: Array, targets: Any, weights: Array | None) -> A
     return jnp.sum(apply_weights(weights, 0, head.nll(z, targets)))
 
 
+def pairs(product: Callable[[Any, Any], Array], left: Sequence[Any], right: Sequence[Any]) -> Array:
+    """The matrix of ``product(a, b)``."""
+    return jnp.stack([jnp.stack([product(a, b) for b in right]) for a in left])
+
+
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class GaussNewtonPiece:
@@ -88,11 +93,15 @@ class GaussNewtonPiece:
         weighted = apply_weights(self.weights, self.head.event_ndim, self.metric(widen(u)))
         return self.linearization.vjp((scale * weighted).astype(u.dtype))
 
-    def quadratic_form(self, v: Any, scale: Array) -> Array:
-        """sum_i w_i (J_i v)^T H_i (J_i v), from one JVP."""
-        u = widen(self.linearization.jvp(v))
-        terms = apply_weights(self.weights, self.head.event_ndim, u * self.metric(u))
-        return scale * jnp.sum(terms)
+    def inner_products(self, vectors: Sequence[Any], scale: Array) -> Array:
+        """sum_i w_i (J_i v)^T H_i (J_i v') for all pairs, from one JVP each."""
+        images = [widen(self.linearization.jvp(v)) for v in vectors]
+
+        def product(u: Array, h: Array) -> Array:
+            terms = apply_weights(self.weights, self.head.event_ndim, u * h)
+            return scale * jnp.sum(terms)
+
+        return pairs(product, images, [self.metric(u) for u in images])
 
     def value_and_gradient(self, targets: Any, scale: Array) -> tuple[Array, Any]:
         """sum_i w_i nll_i and its gradient."""
@@ -119,9 +128,9 @@ class HessianPiece:
         scaled = jax.tree.map(lambda x: (scale * widen(x)).astype(x.dtype), v)
         return self.linearization.vjp((jnp.zeros_like(self.output), scaled))
 
-    def quadratic_form(self, v: Any, scale: Array) -> Array:
-        """v^T H v."""
-        return tree_vdot(v, self.product(v, scale))
+    def inner_products(self, vectors: Sequence[Any], scale: Array) -> Array:
+        """v^T H v' for all pairs, from one product each."""
+        return pairs(tree_vdot, vectors, [self.product(v, scale) for v in vectors])
 
     def value_and_gradient(self, targets: Any, scale: Array) -> tuple[Array, Any]:
         """sum_i w_i nll_i and its gradient."""

@@ -14,7 +14,7 @@ from fvp.compilation import compiled_when_eager
 from fvp.control import Step
 from fvp.control.budget import Budget
 from fvp.control.fixed import FixedDamping
-from fvp.control.momentum import quadratic_model_step, spring_rhs
+from fvp.control.momentum import best_of_plane, spring_rhs
 from fvp.control.record import unknown_outcome
 from fvp.control.trust_region import length_within_kl
 from fvp.curvature import CurvatureOperator
@@ -150,8 +150,7 @@ def _step(
     curvature, damping_term = info.curvature, tree_vdot(solution, _damp(strength, metric, solution))
     if momentum == "quadratic":
         damp = lambda v: tree_axpy(shift, v, _damp(strength, metric, v))
-        solution, product = quadratic_model_step(operator, damp, slope_of, solution, previous)
-        curvature = tree_vdot(solution, product)
+        solution, curvature = best_of_plane(operator, damp, slope_of, solution, previous)
         damping_term = tree_vdot(solution, _damp(strength, metric, solution))
         descent &= tree_is_finite(solution)
     correction = None

@@ -15,19 +15,16 @@ from jax.typing import ArrayLike
 from fvp.checks import check_like, check_positive_int
 from fvp.compilation import compiled_when_eager
 from fvp.control import Step
+from fvp.control.momentum import best_of_plane
 from fvp.control.reduction_ratio import adapted_damping
 from fvp.control.trial import loss_outcome, mean_nll
-from fvp.curvature import CurvatureOperator, fisher
-from fvp.curvature.pieces import apply_weights
+from fvp.curvature import fisher
 from fvp.heads import Head
 from fvp.layers.kfac import KFAC, kfac
 from fvp.numerics import (
-    tree_axpy,
     tree_is_finite,
     tree_vdot,
     tree_where,
-    widen,
-    widen_tree,
 )
 
 ScalarOrSchedule = ArrayLike | Callable[[Array], ArrayLike]
@@ -210,8 +207,9 @@ def scale_by_kfac(
         exact = fisher(model_fn, head, params, batch, weights=weights)
         direction = inverse.mv(gradient)
         last = state.last_step if momentum else None
-        chosen, curvature, slope = best_step(exact, gradient, direction, last, strength)
-        length = jnp.ones(())
+        damp = lambda v: jax.tree.map(lambda x: strength.astype(x.dtype) * x, v)
+        chosen, curvature = best_of_plane(exact, damp, gradient, direction, last)
+        slope, length = tree_vdot(gradient, chosen), jnp.ones(())
         if max_kl is not None:
             length = jnp.sqrt(jnp.minimum(1.0, 2 * max_kl / jnp.maximum(curvature, 1e-30)))
         record = Step(slope, curvature, strength * tree_vdot(chosen, chosen), length)
@@ -268,37 +266,3 @@ def scale_by_kfac(
 def conditionally(due: Array | bool, change: Callable[[Any], Any], value: Any) -> Any:
     """``change(value)`` where due, else ``value``."""
     return change(value) if due is True else jax.lax.cond(due, change, lambda value: value, value)
-
-
-def best_step(
-    operator: CurvatureOperator, gradient: Any, direction: Any, last: Any, damping: Array
-) -> tuple[Any, Array, Array]:
-    """The step a direction + m last that minimises the quadratic model; it is to be subtracted.
-
-    Returns the step d, d^T F d and gradient^T d. The 2 x 2 system of Martens and Grosse (2015),
-    section 7, from one JVP for each vector: S^T J v has all the products.
-    """
-    vectors = [direction] if last is None else [direction, last]
-    piece = operator.piece
-    images = [piece.linearization.jvp(v) for v in vectors]
-    metric = [piece.metric(widen(u)) for u in images]
-
-    def weighted(u: Array, h: Array) -> Array:
-        rows = apply_weights(piece.weights, piece.head.event_ndim, widen(u) * h)
-        return jnp.sum(rows) / operator.total
-
-    matrix = jnp.stack([jnp.stack([weighted(u, h) for h in metric]) for u in images])
-    slopes = jnp.stack([tree_vdot(gradient, v) for v in vectors]).astype(matrix.dtype)
-    inner = jnp.stack([jnp.stack([tree_vdot(v, w) for w in vectors]) for v in vectors])
-    damped = matrix + damping.astype(matrix.dtype) * inner.astype(matrix.dtype)
-    # Scaled to a unit diagonal: the vectors differ by orders of magnitude, and the last may be 0.
-    scale = jnp.sqrt(jnp.diagonal(damped))
-    inverse = jnp.where(scale > 0, 1 / jnp.where(scale > 0, scale, 1), 0)
-    unit = damped * inverse[:, None] * inverse[None] + jnp.diag((scale <= 0) * 1.0)
-    unit += 1e-6 * jnp.eye(len(vectors), dtype=unit.dtype)
-    weights = inverse * jnp.linalg.solve(unit, inverse * slopes)
-    step = jax.tree.map(jnp.zeros_like, widen_tree(direction))
-    for i, v in enumerate(vectors):
-        step = tree_axpy(weights[i], widen_tree(v), step)
-    step = jax.tree.map(lambda x, y: x.astype(y.dtype), step, gradient)
-    return step, weights @ matrix @ weights, weights @ slopes

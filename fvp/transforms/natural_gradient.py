@@ -91,7 +91,7 @@ def scale_by_fisher(
       momentum: in [0, 1), SPRING's: damping pulls towards momentum times the last direction instead
         of zero, and CG starts there, which costs one product. "quadratic": the step is the best
         combination of the direction and the last one in the quadratic model, which costs two
-        products. None is 0.9 with adaptive damping and no momentum with a given one.
+        JVPs. None is 0.9 with adaptive damping and no momentum with a given one.
       max_kl: bound on the mean KL divergence of the step that is returned, in nats. The step is
         scaled to 1/2 s^T F s <= max_kl, then corrected until the head's exact divergence is at most
         5% above the bound; each correction costs a forward pass.
