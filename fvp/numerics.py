@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -104,6 +105,13 @@ def unit(tree: Any) -> Any:
     norm = tree_norm(tree)
     norm = jnp.where(norm > 0, norm, 1)
     return jax.tree.map(lambda x: (widen(x) / norm).astype(x.dtype), tree)
+
+
+def pairwise(
+    product: Callable[[Any, Any], Array], left: Sequence[Any], right: Sequence[Any]
+) -> Array:
+    """The matrix of ``product(a, b)``."""
+    return jnp.stack([jnp.stack([product(a, b) for b in right]) for a in left])
 
 
 def tree_is_finite(tree: Any) -> Array:

@@ -88,6 +88,18 @@ def test_sharded_curvature_equals_unsharded(layout, axis_type):
                 assert value[leaf].sharding.is_equivalent_to(NamedSharding(mesh, spec), 2)
 
 
+def test_fields_of_a_head_pass_an_explicit_mesh():
+    def trace(scale, params, x):
+        head = fvp.Gaussian(scale=scale)
+        return fvp.kfac(plain_model, head, params, x).trace()
+
+    x = data()[0]
+    with jax.set_mesh(mesh := make_mesh(AxisType.Explicit)):
+        params, _, sharded, *_ = placed(mesh, "DP")
+        found = [jax.jit(trace)(0.5, params, sharded), trace(0.5, params, sharded)]
+    np.testing.assert_allclose(found, trace(0.5, PARAMS, x), rtol=1e-5)
+
+
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_sharded_step_equals_unsharded(layout):
     mesh, (x, y, w) = make_mesh(AxisType.Auto), data()

@@ -9,8 +9,7 @@ import jax
 import jax.numpy as jnp
 from jax import Array
 
-from fvp.curvature.pieces import pairs
-from fvp.numerics import cast_like, tree_axpy, tree_vdot, unit, widen_tree
+from fvp.numerics import cast_like, pairwise, tree_axpy, tree_vdot, unit, widen_tree
 
 
 def spring_rhs(gradient: Any, pull: Any, momentum: Any) -> Any:
@@ -59,7 +58,7 @@ def best_of_plane(
     vectors = [unit(widen_tree(v)) for v in vectors]
     curvature = operator.inner_products(*(cast_like(v, direction) for v in vectors))
     slopes = [tree_vdot(gradient, v) for v in vectors]
-    damped = curvature + pairs(tree_vdot, vectors, [damp(v) for v in vectors])
+    damped = curvature + pairwise(tree_vdot, vectors, [damp(v) for v in vectors])
     p = damped[0, 0]
     lengths = [slopes[0] / jnp.where(p > 0, p, 1)]
     if previous is not None:

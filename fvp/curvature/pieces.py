@@ -20,7 +20,7 @@ from fvp.curvature.linearization import Linearization
 from fvp.curvature.metrics import Examples
 from fvp.heads import Head
 from fvp.mesh import AxisName, device_count, sum_over
-from fvp.numerics import tree_vdot, tree_zeros_like, wide_dtype, widen
+from fvp.numerics import pairwise, tree_vdot, tree_zeros_like, wide_dtype, widen
 
 
 def example_weights(head: Head, z: Any, weights: Any) -> Array | None:
@@ -64,11 +64,6 @@ def weighted_nll(head: Head, z: Array, targets: Any, weights: Array | None) -> A
     return jnp.sum(apply_weights(weights, 0, head.nll(z, targets)))
 
 
-def pairs(product: Callable[[Any, Any], Array], left: Sequence[Any], right: Sequence[Any]) -> Array:
-    """The matrix of ``product(a, b)``."""
-    return jnp.stack([jnp.stack([product(a, b) for b in right]) for a in left])
-
-
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class GaussNewtonPiece:
@@ -101,7 +96,7 @@ class GaussNewtonPiece:
             terms = apply_weights(self.weights, self.head.event_ndim, u * h)
             return scale * jnp.sum(terms)
 
-        return pairs(product, images, [self.metric(u) for u in images])
+        return pairwise(product, images, [self.metric(u) for u in images])
 
     def value_and_gradient(self, targets: Any, scale: Array) -> tuple[Array, Any]:
         """sum_i w_i nll_i and its gradient."""
@@ -130,7 +125,7 @@ class HessianPiece:
 
     def inner_products(self, vectors: Sequence[Any], scale: Array) -> Array:
         """v^T H v' for all pairs, from one product each."""
-        return pairs(tree_vdot, vectors, [self.product(v, scale) for v in vectors])
+        return pairwise(tree_vdot, vectors, [self.product(v, scale) for v in vectors])
 
     def value_and_gradient(self, targets: Any, scale: Array) -> tuple[Array, Any]:
         """sum_i w_i nll_i and its gradient."""
