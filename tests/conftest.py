@@ -19,6 +19,13 @@ def pytest_runtest_setup(item):
     jax.config.update("jax_disable_most_optimizations", quickly)
 
 
+@pytest.fixture(scope="module", autouse=True)
+def release_programs():
+    """A process that keeps the compiled programs of all files runs out of memory maps."""
+    yield
+    jax.clear_caches()
+
+
 @pytest.fixture(scope="session")
 def build():
     """Build the operator of one curvature by name, with the one signature all five share."""
