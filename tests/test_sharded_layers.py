@@ -100,22 +100,29 @@ def test_fields_of_a_head_pass_an_explicit_mesh():
     np.testing.assert_allclose(found, trace(0.5, PARAMS, x), rtol=1e-5)
 
 
+OPTIONS = {
+    "num_samples": None,
+    "inverse_period": 2,
+    "example_batch": jax.ShapeDtypeStruct(data()[0].shape, jnp.float32),
+}
+
+
+@functools.cache
+def unsharded_step():
+    tx = fvp.scale_by_kfac(plain_model, HEAD, **OPTIONS)
+    updates, accepted = jax.jit(functools.partial(train, tx))(PARAMS, *data())
+    assert accepted
+    return updates
+
+
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_sharded_step_equals_unsharded(layout):
-    mesh, (x, y, w) = make_mesh(AxisType.Auto), data()
-    options = {
-        "num_samples": None,
-        "inverse_period": 2,
-        "example_batch": jax.ShapeDtypeStruct(x.shape, x.dtype),
-    }
-    one = functools.partial(train, fvp.scale_by_kfac(plain_model, HEAD, **options))
-    expected, accepted = jax.jit(one)(PARAMS, x, y, w)
-    assert accepted
-    shared = functools.partial(train, fvp.scale_by_kfac(plain_model, HEAD, mesh=mesh, **options))
+    mesh = make_mesh(AxisType.Auto)
+    tx = fvp.scale_by_kfac(plain_model, HEAD, mesh=mesh, **OPTIONS)
     with jax.set_mesh(mesh):
         params, _, *batch = placed(mesh, layout)
-        found, _ = jax.jit(shared)(params, *batch)
-    assert relative_error(jax.device_get(found), expected) < 2e-5
+        found, _ = jax.jit(functools.partial(train, tx))(params, *batch)
+    assert relative_error(jax.device_get(found), unsharded_step()) < 2e-5
 
 
 def solve(params, v, x, y, w):
@@ -124,11 +131,16 @@ def solve(params, v, x, y, w):
     return fvp.solve_dual(F, v, 0.1), fvp.solve_dual(F, gradient, 0.1, targets=y)
 
 
+@functools.cache
+def unsharded_solve():
+    return jax.jit(solve)(PARAMS, VECTOR, *data())
+
+
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_sharded_dual_solve_equals_unsharded(layout):
     with jax.set_mesh(mesh := make_mesh(AxisType.Auto)):
         found = jax.jit(solve)(*placed(mesh, layout))
-    assert relative_error(jax.device_get(found), jax.jit(solve)(PARAMS, VECTOR, *data())) < 1e-5
+    assert relative_error(jax.device_get(found), unsharded_solve()) < 1e-5
 
 
 def test_dual_solve_of_explicitly_sharded_examples_says_what_to_do():
@@ -137,7 +149,7 @@ def test_dual_solve_of_explicitly_sharded_examples_says_what_to_do():
         with pytest.raises(ValueError, match=r"auto_axes"):
             jax.jit(solve)(*arguments)
         found = jax.jit(jax.sharding.auto_axes(solve, out_sharding=P()))(*arguments)
-    assert relative_error(jax.device_get(found), jax.jit(solve)(PARAMS, VECTOR, *data())) < 1e-5
+    assert relative_error(jax.device_get(found), unsharded_solve()) < 1e-5
 
 
 @pytest.mark.parametrize("shared", [False, True])
