@@ -41,6 +41,7 @@ def everything(operator, vector, targets):
     """All that an operator computes from chunks."""
     return {
         "product": operator @ vector,
+        "product_and_form": operator.mv_and_form(vector),
         "inner_products": operator.inner_products(vector, jax.tree.map(jnp.tanh, vector)),
         "output": operator.output,
         "value_and_grad": operator.value_and_grad(targets),

@@ -219,7 +219,7 @@ def test_weights_that_sum_to_zero_give_zero(build, name, curvature):
     def everything(weights):
         operator = build(curvature, model, case.head, params, batch, targets, KEY, weights=weights)
         v = vector_like(params)
-        return operator @ v, operator.quadratic_form(v), operator.value_and_grad(targets)
+        return operator.mv_and_form(v), operator.quadratic_form(v), operator.value_and_grad(targets)
 
     for leaf in jax.tree.leaves(everything(np.zeros(6))):
         assert np.array_equal(leaf, np.zeros(leaf.shape))
@@ -395,6 +395,8 @@ def test_quadratic_form_and_its_gradient(operators, curvature):
     np.testing.assert_allclose(value, flat(v) @ matrix @ flat(v), rtol=1e-11)
     assert relative_error(flat(gradient), 2 * matrix @ flat(v)) < 1e-11
     w = jax.tree.map(lambda x: jnp.cos(3 * x), v)
+    _, form = quick_jit(lambda v: operator.mv_and_form(v))(v)
+    np.testing.assert_allclose(form, value, rtol=1e-11)
     both = np.stack([flat(v), flat(w)])
     found = quick_jit(lambda v, w: operator.inner_products(v, w))(v, w)
     np.testing.assert_allclose(found, both @ matrix @ both.T, rtol=1e-9)

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 from jax import Array
 
 ITERATIONS = 11
-_MOST = 10 * ITERATIONS
+_FEWEST, _MOST = 3, 10 * ITERATIONS
 _GROWTH = 1.1  # of the limit, a step
 _SLOW, _MEMORY = 0.8, 0.9
 
@@ -18,8 +18,9 @@ class Budget(NamedTuple):
 
     Eleven iterations do while steps lower the gradient's norm by a fifth or more on average: what
     CG leaves over, the next step takes up with a new curvature. Where progress is slower, the solve
-    that ends at its limit is what holds it up, unless it is the noise of the batches. The limit
-    then grows by a tenth each step, to ten times the first, and shrinks when progress is back.
+    that ends at its limit is what holds it up, and the limit grows by a tenth each step, to ten
+    times the first; it shrinks when progress is back. Where the noise of the batches leads, it
+    shrinks to three: directions of less curvature are mostly noise, and better left out.
     """
 
     limit: Array  # iterations of the next solve, rounded
@@ -43,8 +44,10 @@ class Budget(NamedTuple):
         ratio = _MEMORY * self.ratio + (1 - _MEMORY) * jnp.minimum(kept, 1)
         return self._replace(gradient_norm=norm, ratio=ratio)
 
-    def correct(self, *, short: Array) -> Budget:
-        """After a step; ``short``: it was good, and CG had ended at its limit."""
+    def correct(self, *, short: Array, noisy: Array) -> Budget:
+        """After a step. ``short``: it was good, and CG ended at its limit; ``noisy``: noise led."""
         slow = self.ratio > _SLOW
-        change = jnp.where(slow, jnp.where(short, _GROWTH, 1), 1 / _GROWTH)
-        return self._replace(limit=jnp.clip(change * self.limit, ITERATIONS, _MOST))
+        wanted = jnp.where(slow & short, _MOST, jnp.where(slow, self.limit, ITERATIONS))
+        wanted = jnp.where(noisy, _FEWEST, wanted)
+        limit = jnp.clip(wanted, self.limit / _GROWTH, self.limit * _GROWTH)
+        return self._replace(limit=limit)

@@ -38,6 +38,11 @@ class ChunkedPiece:
         """The product, summed over chunks."""
         return cast_like(self._sum(lambda piece, _: piece.product(v, scale)), v)
 
+    def product_and_form(self, v: Any, scale: Array) -> tuple[Any, Array]:
+        """The product and its inner product with ``v``, summed over chunks."""
+        product, form = self._sum(lambda piece, _: piece.product_and_form(v, scale))
+        return cast_like(product, v), form
+
     def inner_products(self, vectors: Sequence[Any], scale: Array) -> Array:
         """The inner products of all pairs, summed over chunks."""
         return self._sum(lambda piece, _: piece.inner_products(vectors, scale))

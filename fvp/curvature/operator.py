@@ -79,6 +79,10 @@ class CurvatureOperator:
     def __matmul__(self, v: Any) -> Any:
         return self.mv(v)
 
+    def mv_and_form(self, v: Any) -> tuple[Any, Array]:
+        """The product with ``v`` and v^T (curvature) v, at the cost of the product alone."""
+        return _product_and_form(self, check_like(v, self._like(), "v", "params"))
+
     def pull(self, u: Array) -> Any:
         """J^T H_L u for a change ``u`` of the outputs; of curvatures J^T H_L J that hold J."""
         return self._mean(self.piece.pull(u, self.scale))
@@ -122,6 +126,12 @@ class CurvatureOperator:
 def _product(operator: CurvatureOperator, v: Any) -> Any:
     v = to_local(v, operator.axis_name, "v")
     return operator._mean(operator.piece.product(v, operator.scale))
+
+
+@compiled_when_eager
+def _product_and_form(operator: CurvatureOperator, v: Any) -> tuple[Any, Array]:
+    v = to_local(v, operator.axis_name, "v")
+    return operator._mean(operator.piece.product_and_form(v, operator.scale))
 
 
 @compiled_when_eager

@@ -83,20 +83,30 @@ class GaussNewtonPiece:
         """sum_i w_i J_i^T H_i J_i v."""
         return self.pull(self.linearization.jvp(v), scale)
 
+    def product_and_form(self, v: Any, scale: Array) -> tuple[Any, Array]:
+        """The product, and its inner product with ``v``, taken in the space of the outputs."""
+        u = self.linearization.jvp(v)
+        scaled = self.metric(widen(u))
+        return self._pull_scaled(scaled, u.dtype, scale), self._inner(widen(u), scaled, scale)
+
     def pull(self, u: Array, scale: Array) -> Any:
         """sum_i w_i J_i^T H_i u_i for a change ``u`` of the outputs."""
-        weighted = apply_weights(self.weights, self.head.event_ndim, self.metric(widen(u)))
-        return self.linearization.vjp((scale * weighted).astype(u.dtype))
+        return self._pull_scaled(self.metric(widen(u)), u.dtype, scale)
 
     def inner_products(self, vectors: Sequence[Any], scale: Array) -> Array:
         """sum_i w_i (J_i v)^T H_i (J_i v') for all pairs, from one JVP each."""
         images = [widen(self.linearization.jvp(v)) for v in vectors]
-
-        def product(u: Array, h: Array) -> Array:
-            terms = apply_weights(self.weights, self.head.event_ndim, u * h)
-            return scale * jnp.sum(terms)
-
+        product = lambda u, scaled: self._inner(u, scaled, scale)
         return pairwise(product, images, [self.metric(u) for u in images])
+
+    def _pull_scaled(self, scaled: Array, dtype: Any, scale: Array) -> Any:
+        """sum_i w_i J_i^T h_i, for h = ``scaled`` what H_i made of outputs of that dtype."""
+        weighted = apply_weights(self.weights, self.head.event_ndim, scaled)
+        return self.linearization.vjp((scale * weighted).astype(dtype))
+
+    def _inner(self, u: Array, scaled: Array, scale: Array) -> Array:
+        """sum_i w_i u_i . h_i."""
+        return scale * jnp.sum(apply_weights(self.weights, self.head.event_ndim, u * scaled))
 
     def value_and_gradient(self, targets: Any, scale: Array) -> tuple[Array, Any]:
         """sum_i w_i nll_i and its gradient."""
@@ -122,6 +132,11 @@ class HessianPiece:
         """The Hessian is symmetric, so the VJP of the gradient is the product itself."""
         scaled = jax.tree.map(lambda x: (scale * widen(x)).astype(x.dtype), v)
         return self.linearization.vjp((jnp.zeros_like(self.output), scaled))
+
+    def product_and_form(self, v: Any, scale: Array) -> tuple[Any, Array]:
+        """The product, and its inner product with ``v``."""
+        product = self.product(v, scale)
+        return product, tree_vdot(v, product)
 
     def inner_products(self, vectors: Sequence[Any], scale: Array) -> Array:
         """v^T H v' for all pairs, from one product each."""

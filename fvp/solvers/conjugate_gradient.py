@@ -29,6 +29,7 @@ from fvp.numerics import (
     cast_like,
     power_of_two,
     tree_axpy,
+    tree_is_finite,
     tree_norm,
     tree_vdot,
     tree_where,
@@ -122,7 +123,7 @@ def cg(
       section 4.4.
     """
     rhs = check_inexact_tree(rhs, "rhs")
-    limit, window = _iteration_limit(rhs, maxiter)
+    limit, window = iteration_limit(rhs, maxiter)
     if isinstance(progress_tol, (int, float)) and progress_tol == 0:
         window = 0
     x0 = None if x0 is None else check_like(x0, rhs, "x0", "rhs")
@@ -133,13 +134,14 @@ def cg(
             )
     # A function may read state that changes between calls, so it is never compiled for later calls.
     opaque = any(callable(leaf) for leaf in jax.tree.leaves((operator, M)))
-    solve = _solve if opaque else _solve_compiled
-    return solve(operator, M, rhs, damping, x0, tol, atol, limit, window, progress_tol)
+    solve = solve_in_metric if opaque else _solve_compiled
+    return solve(operator, M, None, rhs, damping, x0, tol, atol, limit, window, progress_tol)
 
 
-def _solve(
+def solve_in_metric(
     operator: Any,
     M: Any,
+    metric: Any,
     rhs: Any,
     damping: Any,
     x0: Any,
@@ -149,57 +151,73 @@ def _solve(
     window: int,
     progress_tol: Any,
 ) -> tuple[Any, CGInfo]:
-    """The solve of :func:`cg`; ``window`` is the longest look back of the progress test, or 0."""
-    multiply, precondition = getattr(operator, "mv", operator), getattr(M, "mv", M)
+    """The solve of :func:`cg`, of A + damping D for the diagonal D = ``metric``; None is I.
+
+    Conjugate gradients for y = D^(1/2) x, in (D^(-1/2) A D^(-1/2) + damping I) y = D^(-1/2) rhs:
+    the same as preconditioning with D, at an inner product less per iteration. The iterate and the
+    direction are kept as x = D^(-1/2) y, which A multiplies; the residual, the norms and M are
+    those of y. ``window`` is the longest look back of the progress test, or 0.
+    """
+    precondition = getattr(M, "mv", M)
     dtype = jnp.float32
     if any(leaf.dtype == jnp.float64 for leaf in jax.tree.leaves(rhs)):
         dtype = jnp.float64
     damping, tol, atol = (jnp.asarray(value, dtype) for value in (damping, tol, atol))
     progress_tol = jnp.asarray(progress_tol, dtype)
     rounded = any(leaf.dtype != wide_dtype(leaf.dtype) for leaf in jax.tree.leaves(rhs))
-
-    def multiplied(v: Any) -> Any:
-        return widen_tree(check_like(multiply(v), rhs, "operator(v)", "rhs"))
-
-    def apply_inverse(r: Any) -> Any:
-        return r if M is None else widen_tree(check_like(precondition(r), r, "M(v)", "rhs"))
+    to_y, to_x = _roots(metric)
 
     def dot(a: Any, b: Any) -> Array:
         return tree_vdot(a, b).astype(dtype)
 
-    scale = power_of_two(tree_norm(rhs).astype(dtype))
-    b = jax.tree.map(lambda leaf: (leaf / scale).astype(leaf.dtype), widen_tree(rhs))
+    def multiply(v: Any) -> tuple[Any, Array]:
+        """A v, and v^T A v."""
+        if hasattr(operator, "mv_and_form"):
+            product, form = operator.mv_and_form(v)
+            return widen_tree(product), form.astype(dtype)
+        product = getattr(operator, "mv", operator)(v)
+        product = widen_tree(check_like(product, rhs, "operator(v)", "rhs"))
+        return product, dot(v, product)
+
+    def apply_inverse(r: Any) -> Any:
+        return r if M is None else widen_tree(check_like(precondition(r), r, "M(v)", "rhs"))
+
+    b = to_x(widen_tree(rhs))
+    scale = power_of_two(tree_norm(b).astype(dtype))
+    b = jax.tree.map(lambda leaf: (leaf / scale).astype(leaf.dtype), b)
     bb = dot(b, b)
     threshold = jnp.maximum(tol * jnp.sqrt(bb), atol / scale).astype(dtype)
 
-    def start() -> tuple[Any, Any]:
+    def start() -> tuple[Any, Any, Array]:
         zeros = tree_zeros_like(b)
         if x0 is None:
-            return zeros, b
+            return zeros, b, bb
         x = jax.tree.map(lambda leaf: (leaf / scale).astype(leaf.dtype), widen_tree(x0))
-        x = cast_like(x, rhs)
-        product = tree_axpy(damping, widen_tree(x), multiplied(x))
+        x = widen_tree(cast_like(x, rhs))
+        product = tree_axpy(damping, to_y(x), to_x(multiply(cast_like(x, rhs))[0]))
         residual = tree_axpy(-1, product, b)
-        usable = jnp.isfinite(dot(residual, residual)) & (bb > 0)
-        return tree_where(usable, x, zeros), tree_where(usable, residual, b)
+        rr = dot(residual, residual)
+        usable = jnp.isfinite(rr) & (bb > 0)
+        return tree_where(usable, (x, residual, rr), (zeros, b, bb))
 
     def body(c: _Carry) -> _Carry:
         # The direction comes first, so that the last one is dead and XLA overwrites it in place.
-        z = c.residual if M is None else c.z
+        z = to_x(c.residual if M is None else c.z)
         stored = cast_like(tree_axpy(c.beta, widen_tree(c.direction), z), rhs)
-        direction, product = widen_tree(stored), multiplied(stored)
+        direction, (product, form) = widen_tree(stored), multiply(stored)
         # The residual is orthogonal to the last direction, unless that was rounded.
         carried = M is None and not rounded
-        pp = c.rr + c.beta * c.beta * c.pp if carried else dot(direction, direction)
+        scaled = to_y(direction)
+        pp = c.rr + c.beta * c.beta * c.pp if carried else dot(scaled, scaled)
         # The damping never enters a vector of its own: a pass over memory less.
-        pap = dot(direction, product) + damping * pp
-        slope = dot(direction, c.residual) if rounded else c.rz
+        pap = form + damping * pp
+        slope = dot(scaled, c.residual) if rounded else c.rz
         steepest = jnp.maximum(c.steepest, pap / pp)
         alpha = slope / pap
         # Below this the curvature is rounding: dividing by it would throw x along a null direction.
         flat = pap <= 4 * jnp.finfo(dtype).eps * steepest * pp
         good = ~flat & jnp.isfinite(alpha)
-        moved = tree_axpy(-alpha, tree_axpy(damping, direction, product), c.residual)
+        moved = tree_axpy(-alpha, tree_axpy(damping, scaled, to_x(product)), c.residual)
         residual = tree_where(good, moved, c.residual)
         rr = dot(residual, residual)
         good &= jnp.isfinite(rr)
@@ -237,10 +255,12 @@ def _solve(
     def unfinished(c: _Carry) -> Array:
         return ~c.converged & ~c.breakdown & (c.iteration < limit)
 
-    x, residual = start()
+    x, residual, rr = start()
     z = apply_inverse(residual)
-    rr, rz = dot(residual, residual), dot(residual, z)
-    phi = jnp.zeros((), dtype) if x0 is None else -0.5 * (dot(b, x) + dot(x, residual))
+    rz = rr if M is None else dot(residual, z)
+    phi = jnp.zeros((), dtype)
+    if x0 is not None:
+        phi = -0.5 * dot(to_y(x), tree_axpy(1, b, residual))
     converged = jnp.isfinite(rr) & (jnp.sqrt(rr) <= threshold)
     last = jax.lax.while_loop(
         unfinished,
@@ -262,29 +282,38 @@ def _solve(
             breakdown=~converged & ~(jnp.isfinite(rz) & (rz > 0)),
         ),
     )
-    # (A + damping I) x = b - r, so its quadratic form is -2 phi - 2 x^T r, without a product.
-    xr, xx = dot(last.x, last.residual), dot(last.x, last.x)
-    xr = jnp.where(jnp.isfinite(xr), xr, 0)  # a residual that overflowed ended the solve
+    # y^T (...) y is -2 phi - 2 y^T r, since (...) y = b - r: without a product.
+    y = to_y(last.x)
+    yr, yy = dot(y, last.residual), dot(y, y)
+    yr = jnp.where(jnp.isfinite(yr), yr, 0)  # a residual that overflowed ended the solve
     x = jax.tree.map(lambda leaf: (leaf * scale).astype(leaf.dtype), last.x)
     x = cast_like(x, rhs)
-    representable = jnp.array(True)
-    for leaf in jax.tree.leaves(x):
-        representable &= jnp.all(jnp.isfinite(leaf))
+    representable = tree_is_finite(x)
     info = CGInfo(
         iterations=last.iteration,
         residual_norm=jnp.sqrt(last.rr) * scale,
         converged=last.converged & representable,
         breakdown=last.breakdown | ~representable,
         model_value=last.phi * scale * scale,
-        curvature=(-2 * (last.phi + xr) - damping * xx) * scale * scale,
+        curvature=(-2 * (last.phi + yr) - damping * yy) * scale * scale,
     )
     return tree_where(representable, x, tree_zeros_like(x)), info
 
 
-_solve_compiled = compiled_when_eager(_solve)
+_solve_compiled = compiled_when_eager(solve_in_metric)
 
 
-def _iteration_limit(rhs: Any, maxiter: Any) -> tuple[Any, int]:
+def _roots(metric: Any) -> tuple[Callable[[Any], Any], Callable[[Any], Any]]:
+    """Multiplication by D^(1/2), from x to y, and by D^(-1/2), from y to x."""
+    if metric is None:
+        return lambda x: x, lambda y: y
+    root = jax.tree.map(jax.lax.rsqrt, metric)
+    over = lambda x, n: (x / n.astype(x.dtype)).astype(x.dtype)
+    times = lambda y, n: (y * n.astype(y.dtype)).astype(y.dtype)
+    return (lambda x: jax.tree.map(over, x, root)), (lambda y: jax.tree.map(times, y, root))
+
+
+def iteration_limit(rhs: Any, maxiter: Any) -> tuple[Any, int]:
     """The most iterations, and the longest look back of the progress test."""
     if maxiter is None:
         maxiter = min(10 * sum(leaf.size for leaf in jax.tree.leaves(rhs)), 2**31 - 1)

@@ -11,7 +11,6 @@ import dataclasses
 import math
 from typing import Any
 
-import jax
 import jax.numpy as jnp
 from jax import Array
 from jax.flatten_util import ravel_pytree
@@ -22,7 +21,7 @@ from fvp.curvature.pieces import GaussNewtonPiece
 from fvp.factorization import SemidefiniteFactor
 from fvp.mesh import row_axes
 from fvp.numerics import cast_like, tree_axpy, tree_is_finite, tree_vdot, wide_dtype, widen_tree
-from fvp.solvers.conjugate_gradient import CGInfo, cg
+from fvp.solvers.conjugate_gradient import CGInfo, iteration_limit, solve_in_metric
 from fvp.solvers.dual import DualSystem, ExampleRows
 
 SOLVERS = ("auto", "cg", "dense", "dual")
@@ -51,38 +50,26 @@ def choose_solver(operator: CurvatureOperator) -> str:
 
 @dataclasses.dataclass(frozen=True)
 class CGSystem:
-    """F + damping D + shift I, solved by conjugate gradients; D = I where ``metric`` is None.
-
-    With a metric the unknown is y = D^(1/2) x, in (D^(-1/2) (F + shift I) D^(-1/2) + damping I) y =
-    D^(-1/2) b: the same as preconditioning with D, at an inner product less per iteration.
-    """
+    """F + damping D + shift I, solved by conjugate gradients; D = I where ``metric`` is None."""
 
     operator: CurvatureOperator
     damping: ArrayLike
     shift: Any  # None for none
     metric: Any  # pytree of positive entries
-    limits: dict[str, Any]  # of :func:`fvp.cg`
+    tol: ArrayLike
+    maxiter: Any
 
     def solve(self, rhs: Any, start: Any, targets: Any) -> tuple[Any, CGInfo]:
         """The x and its record, from ``start``; the curvature in it is that of F."""
         del targets
-        shift = 0.0 if self.shift is None else self.shift
-        if self.metric is None:
-            damping = self.damping + shift
-            return cg(self.operator, rhs, damping=damping, x0=start, **self.limits)
-        narrow = jax.tree.map(jax.lax.rsqrt, self.metric)
-
-        def multiply(v: Any) -> Any:
-            v = _times(narrow, v)
-            product = self.operator.mv(v)
-            return _times(narrow, product if self.shift is None else tree_axpy(shift, v, product))
-
-        if start is not None:
-            start = jax.tree.map(lambda x, n: (x / n).astype(x.dtype), start, narrow)
-        y, info = cg(multiply, _times(narrow, rhs), damping=self.damping, x0=start, **self.limits)
-        x = _times(narrow, y)
+        operator = self.operator if self.shift is None else _Shifted(self.operator, self.shift)
+        limit, window = iteration_limit(rhs, self.maxiter)
+        del window
+        x, info = solve_in_metric(
+            operator, None, self.metric, rhs, self.damping, start, self.tol, 0.0, limit, 0, 0.0
+        )
         if self.shift is not None:
-            info = info._replace(curvature=info.curvature - shift * tree_vdot(x, x))
+            info = info._replace(curvature=info.curvature - self.shift * tree_vdot(x, x))
         return x, info
 
     def solve_outputs(self, u: Array) -> Any:
@@ -90,10 +77,17 @@ class CGSystem:
         return self.solve(self.operator.pull(u), None, None)[0]
 
 
-def _times(diagonal: Any, v: Any) -> Any:
-    return jax.tree.map(
-        lambda d, x: (d.astype(wide_dtype(x.dtype)) * x).astype(x.dtype), diagonal, v
-    )
+@dataclasses.dataclass(frozen=True)
+class _Shifted:
+    """F + shift I."""
+
+    operator: CurvatureOperator
+    shift: Any
+
+    def mv_and_form(self, v: Any) -> tuple[Any, Array]:
+        """The product with ``v``, and its inner product with ``v``."""
+        product, form = self.operator.mv_and_form(v)
+        return tree_axpy(self.shift, v, product), form + self.shift * tree_vdot(v, v)
 
 
 @dataclasses.dataclass(frozen=True)

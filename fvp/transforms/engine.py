@@ -195,7 +195,8 @@ def _step(
         # nothing about damping.
         corrected = options.rule.correct(control, record, outcome, accepted)
         short = accepted & ~info.converged & options.rule.agrees(control)
-        resized = None if budget is None else budget.correct(short=short)
+        noisy = options.rule.noisy(control)
+        resized = None if budget is None else budget.correct(short=short, noisy=noisy)
         informative = descent & (record.scale > 0)
         seen = tree_where(descent, (control, budget), (state.control, state.budget))
         control, budget = tree_where(informative, (corrected, resized), seen)
@@ -233,8 +234,7 @@ def _system(
     """The system curvature + strength D + l2 I; D = I without a metric."""
     if solver == "cg":
         maxiter = options.maxiter if budget is None else budget.iterations
-        limits = {"tol": options.tol, "maxiter": maxiter}
-        return CGSystem(operator, strength, options.l2, metric, limits)
+        return CGSystem(operator, strength, options.l2, metric, options.tol, maxiter)
     shift = 0.0 if options.l2 is None else options.l2
     return ExactSystem.of(solver, operator, strength + shift, targets)
 
