@@ -21,7 +21,7 @@ _TRUSTED, _DISTRUSTED = 0.05, 0.1
 # The next gradient agrees with a step when, averaged over steps, it keeps this part of its slope.
 _AGREEMENT, _MEMORY = 0.25, 0.9
 # Noise leads when it finds less than the model expects, on average by this part of the slope:
-# measured below 0.4 on full batches, 0.5 to 0.9 on small ones.
+# measured at 0.4 and below on full batches, mostly 0.5 to 0.9 on small ones.
 _SURPRISE = 0.5
 _SLOW = 0.99  # decrease where the noise of the batches limits the step
 _FLOOR = 1e-3  # of the metric (s / mean s + floor)^(5/8)
