@@ -77,6 +77,33 @@ def transposed_and_vmapped_products(rng):
     return model_fn, (weight(rng, 5, 4), weight(rng, 3, 5), normal(rng, 3)), normal(rng, 6, 4)
 
 
+def pull_product(residuals, cotangent):
+    x, w = residuals
+    return cotangent @ w.T, x.T @ cotangent
+
+
+@architecture(**dense_with_bias("['layers']"), **{"['out']": "dense"})
+def products_with_rules_of_their_own(rng):
+    layers = jax.tree.map(lambda *p: jnp.stack(p), *[layer(rng, 4, 4) for _ in range(2)])
+    fused = jax.custom_vjp(lambda p, x: jnp.log1p(jnp.exp(affine(p, x))))
+
+    def pull(residuals, cotangent):
+        p, x = residuals
+        cotangent = cotangent * jax.nn.sigmoid(affine(p, x))
+        pulled, weights = pull_product((x, p["w"]), cotangent)
+        return {"w": weights, "b": cotangent.sum(0)}, pulled
+
+    fused.defvjp(lambda p, x: (fused(p, x), (p, x)), pull)
+    product = jax.custom_jvp(lambda x, w: x @ w)
+    product.defjvp(lambda p, t: (product(*p), t[0] @ p[1] + p[0] @ t[1]))
+
+    def model_fn(params, x):
+        x = jax.lax.scan(lambda x, p: (fused(p, x), None), x, params["layers"])[0]
+        return product(x, params["out"])
+
+    return model_fn, {"layers": layers, "out": weight(rng, 4, 3)}, normal(rng, 5, 4)
+
+
 @architecture(**{"['q']": "dense", "['out']": "dense", "['bias']": "shift of params['q']"})
 def attention_heads_by_einsum(rng):
     params = {"q": weight(rng, 4, 2, 3), "out": weight(rng, 2, 3, 4), "bias": normal(rng, 2, 3)}
@@ -262,16 +289,23 @@ def test_a_use_without_a_rule_raises_with_parameter_and_primitive():
         fvp.fisher_diagonal(strange, GAUSSIAN, STRANGE, jnp.ones((4, 3)))
 
 
-def test_a_custom_rule_is_not_opened():
-    @jax.custom_vjp
-    def product(x, w):
-        return x @ w
+def straight_through(rule):
+    """x @ round(w) with the derivative of x @ w, by a rule of that name."""
+    rounded = getattr(jax, rule)(lambda x, w: x @ jnp.round(w))
+    if rule == "custom_jvp":
+        jvp = lambda p, t: (p[0] @ jnp.round(p[1]), t[0] @ p[1] + p[0] @ t[1])
+        rounded.defjvp(jvp)
+    else:
+        rounded.defvjp(lambda x, w: (rounded(x, w), (x, w)), pull_product)
+    return rounded
 
-    product.defvjp(lambda x, w: (x @ w, (x, w)), lambda r, g: (g @ r[1].T, r[0].T @ g))
-    with pytest.raises(ValueError, match="custom_vjp_call"):
-        fvp.fisher_diagonal(
-            lambda w, x: product(x, w), GAUSSIAN, jnp.ones((3, 2)), jnp.ones((4, 3))
-        )
+
+@pytest.mark.parametrize("rule", ["custom_jvp", "custom_vjp"])
+def test_a_rule_that_its_body_does_not_follow_is_not_opened(rule):
+    product = straight_through(rule)
+    w, x = jnp.ones((3, 2)), jnp.ones((4, 3))
+    with pytest.raises(ValueError, match=rule):
+        fvp.fisher_diagonal(lambda w, x: product(x, w), GAUSSIAN, w, x)
 
 
 def test_mixed_examples_raise_with_the_primitive():

@@ -18,6 +18,7 @@ from jax.extend.core import Literal
 
 from fvp.jaxprs import bind
 from fvp.layers import control_flow
+from fvp.layers.derivative_rules import CUSTOM_RULES, rule_is_of_body
 from fvp.layers.place_rules import AnyPlace, Place
 from fvp.layers.places import inner_jaxpr, propagate
 from fvp.layers.uses import Use, classify
@@ -78,9 +79,8 @@ class Interpreter:
         name = eqn.primitive.name
         viewed = any(value.view is not None for value in inputs)
         inner = inner_jaxpr(eqn)
-        if inner is not None and (
-            name in ("jit", "pjit") or (viewed and name != "custom_vjp_call")
-        ):
+        entered = inner is not None and (viewed or name in ("jit", "pjit"))
+        if entered and (name not in CUSTOM_RULES or rule_is_of_body(eqn, inner)):
             return self.run(inner.jaxpr, inner.consts, inputs)
         if name == "scan":
             return control_flow.scan(self, eqn, inputs)
