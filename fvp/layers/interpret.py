@@ -79,8 +79,11 @@ class Interpreter:
         name = eqn.primitive.name
         viewed = any(value.view is not None for value in inputs)
         inner = inner_jaxpr(eqn)
-        entered = inner is not None and (viewed or name in ("jit", "pjit"))
-        if entered and (name not in CUSTOM_RULES or rule_is_of_body(eqn, inner)):
+        if (
+            inner is not None
+            and (viewed or name in ("jit", "pjit"))
+            and (name not in CUSTOM_RULES or rule_is_of_body(eqn, inner))
+        ):
             return self.run(inner.jaxpr, inner.consts, inputs)
         if name == "scan":
             return control_flow.scan(self, eqn, inputs)
