@@ -41,30 +41,55 @@ def power_of_two(x: Array) -> Array:
 def tree_vdot(a: Any, b: Any) -> Array:
     """Inner product of two trees, accumulated in float32 or wider.
 
-    ``jnp.sum(a * b)`` and not ``jnp.vdot``: the latter flattens its arguments, which a leaf that is
-    sharded over an explicit mesh refuses, and it accumulates bfloat16 in bfloat16.
+    Not by ``jnp.vdot``: that flattens its arguments, which a leaf that is sharded over an explicit
+    mesh refuses, and it accumulates bfloat16 in bfloat16.
     """
-    products = jax.tree.map(lambda x, y: sum_entries(widen(x) * widen(y)), a, b)
+    products = jax.tree.map(lambda x, y: _inner(widen(x), widen(y)), a, b)
     return sum(jax.tree.leaves(products), jnp.zeros((), jnp.float32))
 
 
 def sum_entries(x: Array) -> Array:
-    """The sum of all entries; on CPU, where it can, by a matrix-vector product with ones.
+    """The sum of all entries; on CPU, where it can, by products with ones.
 
     XLA sums one entry at a time on CPU (1.2 ns each, measured), since reordering would change the
-    result; its matrix products run in vector registers, four times as fast.
+    result; its products run in vector registers, four times as fast.
     """
-    rows_are_long = x.ndim >= 2 and x.shape[-1] >= 32
-    if rows_are_long and jax.default_backend() == "cpu" and _last_axis_is_whole(x):
-        ones = jnp.ones(x.shape[-1], x.dtype)
-        x = jnp.matmul(x, ones, precision=jax.lax.Precision.HIGHEST)
-    return jnp.sum(x)
+    while not _fits_one_kernel(x) and _has_long_rows(x):
+        x = _contract(x, jnp.ones(x.shape[-1:], x.dtype), (x.ndim - 1,))
+    return _inner(x, jnp.ones_like(x)) if _fits_one_kernel(x) else jnp.sum(x)
 
 
-def _last_axis_is_whole(x: Array) -> bool:
-    """Whether no Explicit mesh axis splits the rows of ``x``."""
+def _inner(x: Array, y: Array) -> Array:
+    if _fits_one_kernel(x) and _fits_one_kernel(y):
+        return _contract(x, y, tuple(range(x.ndim)))
+    return sum_entries(x * y)
+
+
+def _contract(x: Array, y: Array, axes: tuple[int, ...]) -> Array:
+    """``x`` times ``y``, summed over ``axes`` of x and all of y."""
+    dimensions = ((axes, tuple(range(y.ndim))), ((), ()))
+    return jax.lax.dot_general(x, y, dimensions, jax.lax.Precision.HIGHEST)
+
+
+def _fits_one_kernel(x: Array) -> bool:
+    """Whether XLA makes an inner product on CPU one kernel, and one of vector instructions."""
+    small = x.size * x.dtype.itemsize < 2**14
+    return _on_cpu() and small and all(_is_whole(x, axis) for axis in range(x.ndim))
+
+
+def _has_long_rows(x: Array) -> bool:
+    """Whether matrix-vector products are what XLA does best with them."""
+    return _on_cpu() and x.ndim >= 2 and x.shape[-1] >= 32 and _is_whole(x, x.ndim - 1)
+
+
+def _on_cpu() -> bool:
+    return jax.default_backend() == "cpu"
+
+
+def _is_whole(x: Array, axis: int) -> bool:
+    """Whether no Explicit mesh axis splits this one."""
     spec = getattr(jax.typeof(x).sharding, "spec", None)
-    return not spec or len(spec) < x.ndim or spec[-1] is None
+    return not spec or len(spec) <= axis or spec[axis] is None
 
 
 def tree_axpy(scale: Any, x: Any, y: Any) -> Any:
@@ -118,5 +143,5 @@ def tree_is_finite(tree: Any) -> Array:
     """Whether every entry is finite."""
     finite = jnp.array(True)
     for leaf in jax.tree.leaves(tree):
-        finite &= jnp.all(jnp.isfinite(leaf))
+        finite &= jnp.isfinite(sum_entries(0 * leaf))  # zeros, or NaN
     return finite

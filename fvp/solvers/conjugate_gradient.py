@@ -49,6 +49,7 @@ class CGInfo(NamedTuple):
       breakdown: bool, a non-finite value or a curvature that is not positive was met.
       model_value: 1/2 x^T (A + damping I) x - rhs^T x.
       curvature: x^T A x, without the damping.
+      damping_term: damping x^T x.
     """
 
     iterations: Array
@@ -57,6 +58,7 @@ class CGInfo(NamedTuple):
     breakdown: Array
     model_value: Array
     curvature: Array
+    damping_term: Array
 
 
 class _Carry(NamedTuple):
@@ -284,7 +286,7 @@ def solve_in_metric(
     )
     # y^T (...) y is -2 phi - 2 y^T r, since (...) y = b - r: without a product.
     y = to_y(last.x)
-    yr, yy = dot(y, last.residual), dot(y, y)
+    yr, damping_term = dot(y, last.residual), damping * dot(y, y)
     yr = jnp.where(jnp.isfinite(yr), yr, 0)  # a residual that overflowed ended the solve
     x = jax.tree.map(lambda leaf: (leaf * scale).astype(leaf.dtype), last.x)
     x = cast_like(x, rhs)
@@ -295,7 +297,8 @@ def solve_in_metric(
         converged=last.converged & representable,
         breakdown=last.breakdown | ~representable,
         model_value=last.phi * scale * scale,
-        curvature=(-2 * (last.phi + yr) - damping * yy) * scale * scale,
+        curvature=(-2 * (last.phi + yr) - damping_term) * scale * scale,
+        damping_term=damping_term * scale * scale,
     )
     return tree_where(representable, x, tree_zeros_like(x)), info
 

@@ -110,21 +110,27 @@ class DenseSystem:
 
 @dataclasses.dataclass(frozen=True)
 class ExactSystem:
-    """F + damping I, factorised."""
+    """F + damping I + shift I, factorised."""
 
     operator: CurvatureOperator
     damping: Array
+    shift: ArrayLike
     factorised: DualSystem | DenseSystem
 
     @classmethod
     def of(
-        cls, solver: str, operator: CurvatureOperator, damping: ArrayLike, targets: Any
+        cls,
+        solver: str,
+        operator: CurvatureOperator,
+        damping: ArrayLike,
+        shift: ArrayLike,
+        targets: Any,
     ) -> ExactSystem:
         """``solver`` is "dual" or "dense".
 
-        The damping is at least sqrt(eps) trace(F): below that a right-hand side's rounding outside
-        the range of F would be blown up. A dual system that knows the ``targets`` has none, and
-        needs only the bound of a numerical rank, eps n trace(F) for n rows.
+        Damping and shift are at least sqrt(eps) trace(F): below that a right-hand side's rounding
+        outside the range of F would be blown up. A dual system that knows the ``targets`` has none,
+        and needs only the bound of a numerical rank, eps n trace(F) for n rows.
         """
         if solver == "dual":
             rows = ExampleRows.of(operator)
@@ -135,10 +141,13 @@ class ExactSystem:
         matrix = matrix.astype(wide_dtype(matrix.dtype))
         eps = float(jnp.finfo(matrix.dtype).eps)
         level = eps * len(matrix) if whitened else eps**0.5
-        damping = jnp.maximum(jnp.asarray(damping, matrix.dtype), level * jnp.trace(matrix))
+        total = jnp.asarray(damping + shift, matrix.dtype)
+        total = jnp.maximum(total, level * jnp.trace(matrix))
         if rows is not None:
-            return cls(operator, damping, DualSystem.of(rows, matrix, damping))
-        return cls(operator, damping, DenseSystem(operator, SemidefiniteFactor.of(matrix, damping)))
+            factorised = DualSystem.of(rows, matrix, total)
+        else:
+            factorised = DenseSystem(operator, SemidefiniteFactor.of(matrix, total))
+        return cls(operator, total - shift, shift, factorised)
 
     def solve(self, rhs: Any, start: Any, targets: Any) -> tuple[Any, CGInfo]:
         """The x, and the record of it that CG would give; ``start`` is not needed."""
@@ -146,16 +155,18 @@ class ExactSystem:
         x = self.factorised.solve(rhs, targets)
         wide, b = widen_tree(x), widen_tree(rhs)
         product = widen_tree(self.operator.mv(x))
-        residual = tree_axpy(-1, product, tree_axpy(-self.damping, wide, b))
-        curvature, slope = tree_vdot(wide, product), tree_vdot(wide, b)
+        total = self.damping + self.shift
+        residual = tree_axpy(-1, product, tree_axpy(-total, wide, b))
+        curvature, slope, xx = (tree_vdot(wide, v) for v in (product, b, wide))
         finite = tree_is_finite(x)
         info = CGInfo(
             iterations=jnp.zeros((), jnp.int32),
             residual_norm=jnp.sqrt(tree_vdot(residual, residual)),
             converged=finite,
             breakdown=~finite,
-            model_value=0.5 * (curvature + self.damping * tree_vdot(wide, wide)) - slope,
+            model_value=0.5 * (curvature + total * xx) - slope,
             curvature=curvature,
+            damping_term=self.damping * xx,
         )
         return x, info
 

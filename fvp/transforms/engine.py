@@ -144,10 +144,10 @@ def _step(
         start = jax.tree.map(lambda d: (WARM_START_DECAY * d).astype(d.dtype), previous)
     system = _system(options, solver, operator, strength, metric, budget, data.targets)
     if isinstance(system, ExactSystem):
-        strength = system.damping - shift
+        strength = system.damping
     solution, info = system.solve(rhs, start, data.targets)
     descent = jnp.isfinite(info.residual_norm) & (info.model_value < 0)
-    curvature, damping_term = info.curvature, tree_vdot(solution, _damp(strength, metric, solution))
+    curvature, damping_term = info.curvature, info.damping_term
     if momentum == "quadratic":
         damp = lambda v: tree_axpy(shift, v, _damp(strength, metric, v))
         solution, curvature = best_of_plane(operator, damp, slope_of, solution, previous)
@@ -236,7 +236,7 @@ def _system(
         maxiter = options.maxiter if budget is None else budget.iterations
         return CGSystem(operator, strength, options.l2, metric, options.tol, maxiter)
     shift = 0.0 if options.l2 is None else options.l2
-    return ExactSystem.of(solver, operator, strength + shift, targets)
+    return ExactSystem.of(solver, operator, strength, shift, targets)
 
 
 def _damp(strength: Any, metric: Any, v: Any) -> Any:
