@@ -136,8 +136,9 @@ def _step(
             strength = UNTRIED_DAMPING * strength
 
     # The direction.
-    rhs, start, momentum = slope_of, None, options.momentum
+    rhs, start = slope_of, None
     if options.spring:
+        momentum = options.momentum(state.count) if callable(options.momentum) else options.momentum
         rhs = spring_rhs(slope_of, _damp(strength, metric, previous), momentum)
         start = jax.tree.map(lambda d: (momentum * d).astype(d.dtype), previous)
     elif options.warm_start:
@@ -148,7 +149,7 @@ def _step(
     solution, info = system.solve(rhs, start, data.targets)
     descent = jnp.isfinite(info.residual_norm) & (info.model_value < 0)
     curvature, damping_term = info.curvature, info.damping_term
-    if momentum == "quadratic":
+    if options.momentum == "quadratic":
         damp = lambda v: tree_axpy(shift, v, _damp(strength, metric, v))
         solution, curvature = best_of_plane(operator, damp, slope_of, solution, previous)
         damping_term = tree_vdot(solution, _damp(strength, metric, solution))

@@ -12,6 +12,7 @@ from jax.typing import ArrayLike
 from fvp.control import LevenbergMarquardt
 from fvp.control.budget import ITERATIONS
 from fvp.control.fixed import FixedDamping
+from fvp.control.momentum import growing_momentum
 from fvp.curvature.operators import ModelFn
 from fvp.heads import Head
 from fvp.mesh import AxisName
@@ -22,8 +23,6 @@ from fvp.transforms.subset import OnSubset
 
 ScalarOrSchedule = ArrayLike | Callable[[Array], ArrayLike]
 Damping = ScalarOrSchedule | LevenbergMarquardt
-
-_MOMENTUM = 0.9  # of adaptive damping
 
 
 def scale_by_fisher(
@@ -36,7 +35,7 @@ def scale_by_fisher(
     maxiter: Any = None,
     tol: ArrayLike = 0.01,
     warm_start: bool = False,
-    momentum: ArrayLike | str | None = None,
+    momentum: ScalarOrSchedule | str | None = None,
     max_kl: ArrayLike | None = None,
     constant_kl: bool = False,
     l2: ArrayLike | None = None,
@@ -88,10 +87,11 @@ def scale_by_fisher(
         steps make little progress, gradients agree and CG ends at the limit.
       tol: CG stops at this relative residual.
       warm_start: start CG at 0.95 times the last solution; costs one product.
-      momentum: in [0, 1), SPRING's: damping pulls towards momentum times the last direction instead
-        of zero, and CG starts there, which costs one product. "quadratic": the step is the best
-        combination of the direction and the last one in the quadratic model, which costs two
-        JVPs. None is 0.9 with adaptive damping and no momentum with a given one.
+      momentum: in [0, 1), a number or an optax schedule: SPRING's, where damping pulls towards
+        momentum times the last direction instead of zero, and CG starts there, which costs one
+        product. "quadratic": the step is the best combination of the direction and the last one in
+        the quadratic model, which costs two JVPs. None grows from 0.75 to 0.92 in the first 51
+        steps with adaptive damping, and is no momentum with a given one.
       max_kl: bound on the mean KL divergence of the step that is returned, in nats. The step is
         scaled to 1/2 s^T F s <= max_kl, then corrected until the head's exact divergence is at most
         5% above the bound; each correction costs a forward pass.
@@ -166,7 +166,7 @@ def natural_gradient(
     maxiter: Any = None,
     tol: ArrayLike = 0.01,
     warm_start: bool = False,
-    momentum: ArrayLike | str | None = None,
+    momentum: ScalarOrSchedule | str | None = None,
     max_kl: ArrayLike | None = None,
     constant_kl: bool = False,
     l2: ArrayLike | None = None,
@@ -230,7 +230,7 @@ def _transform(
     *,
     damping: Damping | None,
     curvature: str,
-    momentum: ArrayLike | str | None,
+    momentum: ScalarOrSchedule | str | None,
     max_kl: ArrayLike | None,
     constant_kl: bool,
     **options: Any,
@@ -261,7 +261,7 @@ def _transform(
     if options["maxiter"] is None and not adaptive:
         options["maxiter"] = ITERATIONS
     if momentum is None and adaptive:
-        momentum = _MOMENTUM
+        momentum = growing_momentum
     elif isinstance(momentum, (int, float)) and momentum == 0:
         momentum = None
     return build_transform(
