@@ -2,6 +2,7 @@
 
 import jax
 import pytest
+from jax._src import compiler
 
 jax.config.update("jax_enable_x64", True)
 jax.config.update("jax_num_cpu_devices", 8)
@@ -12,17 +13,27 @@ def pytest_configure(config):
     config.addinivalue_line("filterwarnings", "error")
 
 
-def pytest_runtest_setup(item):
-    # Tests of values spend their time in compilation: a module that sets COMPILE_QUICKLY leaves out
-    # most optimizations. Whatever reads flops, memory or bits of a program does not.
-    quickly = getattr(getattr(item, "module", None), "COMPILE_QUICKLY", False)
-    jax.config.update("jax_disable_most_optimizations", quickly)
-
-
 @pytest.fixture(scope="module", autouse=True)
-def release_programs():
-    """A process that keeps the compiled programs of all files runs out of memory maps."""
-    yield
+def programs(request):
+    """How the programs of a file are compiled, and for how long they are kept.
+
+    Tests of values spend their time in compilation: a module that sets COMPILE_QUICKLY leaves out
+    most optimizations. Whatever reads flops, memory or bits of a program does not. JAX takes the
+    options of its compiler with each `jax.jit` alone, and most programs here are the library's own:
+    hence the patch.
+    """
+    from dense import QUICKLY
+
+    options = QUICKLY if getattr(request.module, "COMPILE_QUICKLY", False) else {}
+    original = compiler.get_compile_options
+
+    def get_compile_options(*args, env_options_overrides, **kwargs):
+        return original(*args, env_options_overrides={**options, **env_options_overrides}, **kwargs)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(compiler, "get_compile_options", get_compile_options)
+        yield
+    # A process that keeps the compiled programs of all files runs out of memory maps.
     jax.clear_caches()
 
 
