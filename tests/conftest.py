@@ -18,13 +18,19 @@ def programs(request):
     """How the programs of a file are compiled, and for how long they are kept.
 
     Tests of values spend their time in compilation: a module that sets COMPILE_QUICKLY leaves out
-    most optimizations. Whatever reads flops, memory or bits of a program does not. JAX takes the
-    options of its compiler with each `jax.jit` alone, and most programs here are the library's own:
-    hence the patch.
+    most optimizations, and one that sets COMPILE_KERNELS_QUICKLY keeps LLVM's. Without those a
+    maximum may equal none of the values it was taken of, since each is computed twice and rounded
+    in two ways, and its derivative is then 0 / 0. Whatever reads flops, memory or bits of a program
+    sets neither. JAX takes the options of its compiler with each `jax.jit` alone, and most programs
+    here are the library's own: hence the patch.
     """
-    from dense import QUICKLY
+    from dense import QUICK_KERNELS, QUICKLY
 
-    options = QUICKLY if getattr(request.module, "COMPILE_QUICKLY", False) else {}
+    options = {}
+    if getattr(request.module, "COMPILE_QUICKLY", False):
+        options = QUICKLY
+    elif getattr(request.module, "COMPILE_KERNELS_QUICKLY", False):
+        options = QUICK_KERNELS
     original = compiler.get_compile_options
 
     def get_compile_options(*args, env_options_overrides, **kwargs):

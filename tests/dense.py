@@ -18,13 +18,13 @@ from jax.flatten_util import ravel_pytree
 
 import fvp
 
-# The problems are tiny and compile time is all there is: leave out LLVM's optimisations, and emit
-# kernels by the older and quicker of XLA's two ways, all in one piece.
+# The problems are tiny and compile time is all there is: emit kernels by the older and quicker of
+# XLA's two ways, all in one piece, and leave out LLVM's optimisations.
+QUICK_KERNELS = {"xla_cpu_use_fusion_emitters": False, "xla_cpu_parallel_codegen_split_count": 1}
 QUICKLY = {
     "xla_backend_optimization_level": 0,
     "xla_llvm_disable_expensive_passes": True,
-    "xla_cpu_use_fusion_emitters": False,
-    "xla_cpu_parallel_codegen_split_count": 1,
+    **QUICK_KERNELS,
 }
 quick_jit = functools.partial(jax.jit, compiler_options=QUICKLY)
 

@@ -11,6 +11,8 @@ from test_models import dense, problem
 
 import fvp
 
+COMPILE_KERNELS_QUICKLY = True
+
 MIXING = {
     "mixture_of_experts": "sort",
     "cnn_with_batchnorm_in_training": "reduce_sum",

@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from dense import reference, relative_error
+from dense import QUICK_KERNELS, reference, relative_error
 from jax.flatten_util import ravel_pytree
 from models import MODELS
 
@@ -47,8 +47,9 @@ def dense(name):
     assert flat.size <= 300
     jacobian = jax.jacfwd if model.has_jvp else jax.jacrev
     outputs = lambda flat, batch: model_fn(unravel(flat), batch).ravel()
-    z = jax.jit(outputs)(flat, batch)
-    linear = z, jax.jit(jacobian(outputs))(flat, batch), flat
+    jit = functools.partial(jax.jit, compiler_options=QUICK_KERNELS)
+    z = jit(outputs)(flat, batch)
+    linear = z, jit(jacobian(outputs))(flat, batch), flat
     return z, reference(model.case, linearised_model, flat, linear, targets, weights)
 
 

@@ -8,6 +8,7 @@ from jax.flatten_util import ravel_pytree
 
 import fvp
 
+COMPILE_QUICKLY = True
 DAMPING = 1e-4
 TREE = {"a": jnp.zeros((8, 10)), "b": jnp.zeros(40)}
 FLAT, UNRAVEL = ravel_pytree(TREE)

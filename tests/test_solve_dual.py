@@ -4,12 +4,14 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from dense import CASES, mlp, parameters, reference, relative_error
+from dense import CASES, mlp, parameters, quick_jit, reference, relative_error
 from jax.flatten_util import ravel_pytree
 from models import MODELS
 from test_models import dense, problem
 
 import fvp
+
+COMPILE_KERNELS_QUICKLY = True
 
 
 def solution(matrix, rhs, damping):
@@ -26,7 +28,7 @@ def test_every_head_with_weights_and_masks(case):
     weights = jnp.asarray(rng.uniform(size=(3, 2))).at[0, 1].set(0)
     expected = reference(case, model_fn, params, x, targets, weights)
 
-    @jax.jit
+    @quick_jit
     def solve(params):
         operator = fvp.fisher(model_fn, case.head, params, x, weights=weights)
         _, gradient = operator.value_and_grad(targets)
