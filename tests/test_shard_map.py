@@ -30,6 +30,7 @@ from sharded_problem import (
 import fvp
 
 pytestmark = needs_eight_devices
+COMPILE_QUICKLY = True
 BATCH = examples(padded=True)
 
 

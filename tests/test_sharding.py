@@ -25,6 +25,7 @@ from sharded_problem import (
 )
 
 pytestmark = needs_eight_devices
+COMPILE_QUICKLY = True
 
 PARAM_BYTES = sum(leaf.nbytes for leaf in PARAMS.values())
 REPLICATED = dict.fromkeys(PARAMS, P())
