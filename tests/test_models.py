@@ -129,15 +129,20 @@ def products(model_fn, head, params, batch, targets, weights, stacked, chunk_siz
 
 
 @pytest.mark.parametrize(("name", "count"), [("mixture_of_experts", 7), ("transformer", 3)])
-def test_chunks_of_every_size_give_the_whole_product_in_float32(name, count):
+def test_chunks_of_every_size_are_as_exact_as_the_whole_in_float32(name, count):
+    """How exact that is depends on the model and on the kernels of the CPU."""
     model_fn, params, *data = problem(name)
-    params, *data = cast((params, *data), jnp.float32)
-    arguments = model_fn, MODELS[name].case.head, params, *data, vectors_like(params, 1)
-    whole = products(*arguments)
+    single = cast((params, *data), jnp.float32)
+    vectors, head = vectors_like(single[0], 1), MODELS[name].case.head
+    exact = products(model_fn, head, params, *data, cast(vectors, jnp.float64))
+    whole = products(model_fn, head, *single, vectors)
+    whole_error = {name: relative_error(whole[name], exact[name]) for name in CURVATURES}
+    assert max(whole_error.values()) < 1e-5
     for chunk_size in range(1, count):
-        chunked = products(*arguments, chunk_size=chunk_size)
+        chunked = products(model_fn, head, *single, vectors, chunk_size=chunk_size)
         for curvature in CURVATURES:
-            assert relative_error(chunked[curvature], whole[curvature]) < 1e-6, chunk_size
+            error = relative_error(chunked[curvature], exact[curvature])
+            assert error < 2 * whole_error[curvature], chunk_size
 
 
 # --- In half precision ------------------------------------------------------------------------

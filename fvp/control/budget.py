@@ -8,7 +8,7 @@ import jax.numpy as jnp
 from jax import Array
 
 ITERATIONS = 11
-_FEWEST, _MOST = 3, 10 * ITERATIONS
+_FEWEST, _MOST = 2, 10 * ITERATIONS
 _GROWTH = 1.1  # of the limit, a step
 _SLOW, _MEMORY = 0.8, 0.9
 
@@ -20,7 +20,7 @@ class Budget(NamedTuple):
     CG leaves over, the next step takes up with a new curvature. Where progress is slower, the solve
     that ends at its limit is what holds it up, and the limit grows by a tenth each step, to ten
     times the first; it shrinks when progress is back. Where the noise of the batches leads, it
-    shrinks to three: directions of less curvature are mostly noise, and better left out.
+    shrinks to two: directions of less curvature are mostly noise, and better left out.
     """
 
     limit: Array  # iterations of the next solve, rounded

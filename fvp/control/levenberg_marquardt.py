@@ -23,7 +23,10 @@ _AGREEMENT, _MEMORY = 0.25, 0.9
 # Noise leads when it finds less than the model expects, on average by this part of the slope:
 # measured at 0.4 and below on full batches, mostly 0.5 to 0.9 on small ones.
 _SURPRISE = 0.5
-_SLOW = 0.99  # decrease where the noise of the batches limits the step
+# Decrease where the noise of the batches limits the step: slow, but faster while the model expects
+# the step to leave more than this part of the slope on its own batch, because of the damping.
+_SLOW, _FASTER, _REMAINING = 0.99, 0.9, 0.6
+_MOMENTUM = 0.9  # the largest
 _FLOOR = 1e-3  # of the metric (s / mean s + floor)^(5/8)
 
 
@@ -48,8 +51,9 @@ class LevenbergMarquardt:
     the error of the quadratic model, (predicted - actual reduction) / (1/2 s^T (curvature +
     lambda D) s), corrects the factor: above 10% it grows, times ``increase``; below 5% it shrinks,
     times ``decrease`` where the next batch's gradient still points along the step (full batches, or
-    far from the minimum), by 1% where it does not, because then the noise of the batches and not
-    the model limits the step. A step that raises the loss or gives a value that is not finite is
+    far from the minimum). Where it does not, the noise of the batches and not the model limits the
+    step, and the factor shrinks by 1%, or by 10% while the damping leaves more than 60% of the
+    slope on the batch itself. A step that raises the loss or gives a value that is not finite is
     rejected, and the factor grows, times ``increase`` squared. D = (s / mean s + 1e-3)^(5/8),
     divided by its mean, with s a running average of the squared gradients, remembers which
     parameters earlier batches found steep.
@@ -150,6 +154,15 @@ class LevenbergMarquardt:
         """Whether they fall short of what the model expects: the noise of the batches leads."""
         return state.surprise > _SURPRISE
 
+    def momentum(self, state: LevenbergMarquardtState, count: Array) -> Array:
+        """Of step ``count``: 0.9 where gradients agree; else from 3/4 at first to 0.9 at step 36.
+
+        The memory 1 / (1 - momentum) is then four steps, and one more every six. Under noise the
+        first directions are soon out of date; near the minimum those of many batches are needed.
+        """
+        growing = jnp.minimum(1 - 1 / (4 + count / 6), _MOMENTUM)
+        return jnp.where(self.agrees(state), _MOMENTUM, growing)
+
     def metric(self, state: LevenbergMarquardtState) -> Any:
         """The diagonal D, of mean 1; like the parameters, float32."""
         relative = _over_mean(state.squares)
@@ -164,13 +177,14 @@ class LevenbergMarquardt:
         good = known & (error < _TRUSTED)
         wrong = ~(error <= _DISTRUSTED)
         bad = known & wrong
-        shrink = jnp.where(self.agrees(state), self.decrease, _SLOW)
+        expected = jnp.clip(1 - step.length * step.curvature / step.slope, -1, 1)
+        slow = jnp.where(expected > _REMAINING, _FASTER, _SLOW)
+        shrink = jnp.where(self.agrees(state), self.decrease, slow)
         change = jnp.where(bad, self.increase, jnp.where(good, shrink, 1))
         # Momentum may climb on a batch just as the model said: no fault of the damping. It starts
         # anew then, and without it (the last slope is zero) there is no such excuse.
         blamed = outcome.worse & (wrong | (state.slope == 0))
         change = jnp.where(blamed, self.increase**2, change)
-        expected = jnp.clip(1 - step.length * step.curvature / step.slope, -1, 1)
         return state._replace(
             factor=jnp.clip(state.factor * change, 1e-30, 1e30).astype(jnp.float32),
             slope=jnp.where(accepted, step.slope, 0).astype(jnp.float32),

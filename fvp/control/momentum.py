@@ -12,15 +12,6 @@ from jax import Array
 from fvp.numerics import cast_like, pairwise, tree_axpy, tree_vdot, unit, widen_tree
 
 
-def growing_momentum(count: Array) -> Array:
-    """The momentum of step ``count`` where none is given: 3/4 at first, 0.92 from step 51.
-
-    Its memory, 1 / (1 - momentum), is four steps and one more every six. The first directions are
-    soon out of date; near the minimum small batches need those of many batches before them.
-    """
-    return jnp.minimum(1 - 1 / (4 + count / 6), 0.92)
-
-
 def spring_rhs(gradient: Any, pull: Any, momentum: Any) -> Any:
     """The right-hand side g + momentum * Lambda d_prev, in the dtypes of the gradient.
 

@@ -138,7 +138,7 @@ def _step(
     # The direction.
     rhs, start = slope_of, None
     if options.spring:
-        momentum = options.momentum(state.count) if callable(options.momentum) else options.momentum
+        momentum = _momentum(options, control, state.count)
         rhs = spring_rhs(slope_of, _damp(strength, metric, previous), momentum)
         start = jax.tree.map(lambda d: (momentum * d).astype(d.dtype), previous)
     elif options.warm_start:
@@ -149,7 +149,7 @@ def _step(
     solution, info = system.solve(rhs, start, data.targets)
     descent = jnp.isfinite(info.residual_norm) & (info.model_value < 0)
     curvature, damping_term = info.curvature, info.damping_term
-    if options.momentum == "quadratic":
+    if options.plane:
         damp = lambda v: tree_axpy(shift, v, _damp(strength, metric, v))
         solution, curvature = best_of_plane(operator, damp, slope_of, solution, previous)
         damping_term = tree_vdot(solution, _damp(strength, metric, solution))
@@ -247,6 +247,14 @@ def _damp(strength: Any, metric: Any, v: Any) -> Any:
     if metric is None:
         return scaled
     return jax.tree.map(lambda x, d: x * d.astype(x.dtype), scaled, metric)
+
+
+def _momentum(options: Options, control: Any, count: Any) -> Any:
+    """How much of the last direction enters the right-hand side."""
+    momentum = options.momentum
+    if isinstance(momentum, str) and not isinstance(options.rule, FixedDamping):
+        return options.rule.momentum(control, count)
+    return momentum(count) if callable(momentum) else momentum
 
 
 def _learning_rate(options: Options, count: Any) -> tuple[Any, float]:

@@ -12,13 +12,12 @@ from jax.typing import ArrayLike
 from fvp.control import LevenbergMarquardt
 from fvp.control.budget import ITERATIONS
 from fvp.control.fixed import FixedDamping
-from fvp.control.momentum import growing_momentum
 from fvp.curvature.operators import ModelFn
 from fvp.heads import Head
 from fvp.mesh import AxisName
 from fvp.solvers import SOLVERS
 from fvp.transforms.engine import build_transform
-from fvp.transforms.options import CURVATURES, Options
+from fvp.transforms.options import ADAPTIVE, CURVATURES, Options
 from fvp.transforms.subset import OnSubset
 
 ScalarOrSchedule = ArrayLike | Callable[[Array], ArrayLike]
@@ -90,8 +89,9 @@ def scale_by_fisher(
       momentum: in [0, 1), a number or an optax schedule: SPRING's, where damping pulls towards
         momentum times the last direction instead of zero, and CG starts there, which costs one
         product. "quadratic": the step is the best combination of the direction and the last one in
-        the quadratic model, which costs two JVPs. None grows from 0.75 to 0.92 in the first 51
-        steps with adaptive damping, and is no momentum with a given one.
+        the quadratic model, which costs two JVPs. None is no momentum with a given damping;
+        with the adaptive one it is 0.9 where gradients agree, and else grows from 0.75 to that in
+        the first 36 steps.
       max_kl: bound on the mean KL divergence of the step that is returned, in nats. The step is
         scaled to 1/2 s^T F s <= max_kl, then corrected until the head's exact divergence is at most
         5% above the bound; each correction costs a forward pass.
@@ -261,7 +261,7 @@ def _transform(
     if options["maxiter"] is None and not adaptive:
         options["maxiter"] = ITERATIONS
     if momentum is None and adaptive:
-        momentum = growing_momentum
+        momentum = ADAPTIVE
     elif isinstance(momentum, (int, float)) and momentum == 0:
         momentum = None
     return build_transform(

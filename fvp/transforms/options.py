@@ -17,6 +17,7 @@ from fvp.mesh import AxisName
 from fvp.transforms.subset import OnSubset, has_masked_nodes
 
 CURVATURES = {"fisher": fisher, "ggn": ggn, "empirical": empirical_fisher}
+ADAPTIVE = "adaptive"  # the momentum that nobody set, under adaptive damping
 
 
 @dataclasses.dataclass(frozen=True)
@@ -33,7 +34,7 @@ class Options:
     maxiter: Any  # None where the budget adapts
     tol: ArrayLike
     warm_start: bool
-    momentum: Any
+    momentum: Any  # a number or a schedule, "quadratic", ADAPTIVE, or None
     max_kl: Any
     constant_kl: bool
     l2: Any
@@ -62,7 +63,12 @@ class Options:
     @property
     def spring(self) -> bool:
         """Whether the last direction enters the right-hand side."""
-        return self.momentum is not None and not isinstance(self.momentum, str)
+        return self.momentum is not None and not self.plane
+
+    @property
+    def plane(self) -> bool:
+        """Whether the step is the best of the plane of the new direction and the last step."""
+        return isinstance(self.momentum, str) and self.momentum == "quadratic"
 
     @property
     def keeps_direction(self) -> bool:
