@@ -16,6 +16,7 @@ import jax.numpy as jnp
 from jax import Array
 from jax.sharding import AxisType, Mesh, PartitionSpec
 
+from fvp.compatibility import to_varying, varying_axes
 from fvp.numerics import widen_tree
 
 AxisName = str | tuple[str, ...] | None
@@ -32,7 +33,7 @@ def to_local(tree: Any, axis_name: AxisName, name: str) -> Any:
     manual = jax.sharding.get_abstract_mesh().manual_axes
     names = tuple(name for name in names if name in manual)  # a named vmap tracks nothing
     try:
-        return jax.lax.pcast(tree, names, to="varying")
+        return to_varying(tree, names)
     except ValueError as error:
         raise ValueError(
             f"{name}: expected leaves replicated over the mesh axes axis_name={axis_name!r}"
@@ -45,20 +46,14 @@ def check_axis_name(params: Any, z: Any) -> None:
 
     JAX would then sum products over the devices, and nothing would sum the weights.
     """
-    varying = _varying_axes(z)
+    varying = varying_axes(z)
     for leaf in jax.tree.leaves(params):
-        varying -= _varying_axes(leaf)
+        varying -= varying_axes(leaf)
     if varying:
         raise ValueError(
             f"axis_name: the batch is split over the mesh axes {sorted(varying)} inside shard_map;"
             " name them, axis_name=..., so that the mean is over all devices."
         )
-
-
-def _varying_axes(x: Any) -> frozenset[str]:
-    """The axes of a surrounding shard_map over which ``x``, or its shape, differs."""
-    kind = (x if isinstance(x, jax.ShapeDtypeStruct) else jax.typeof(x)).manual_axis_type
-    return frozenset() if kind is None else kind.varying
 
 
 def sum_over(tree: Any, axis_name: AxisName) -> Any:

@@ -31,6 +31,8 @@ import jax
 import numpy as np
 from flax import nnx
 
+from fvp.compatibility import pure_state
+
 
 class Snapshot(NamedTuple):
     """What :func:`model_fn` reads as its batch; made by :func:`snapshot`."""
@@ -59,7 +61,7 @@ def parameters(model: nnx.Module, wrt: Any = nnx.Param) -> Any:
       model: NNX module.
       wrt: filter that selects the variables to differentiate, as in ``nnx.Optimizer``.
     """
-    return nnx.as_pure(nnx.state(model, wrt))
+    return pure_state(nnx.state(model, wrt))
 
 
 def snapshot(model: nnx.Module, *args: Any, wrt: Any = nnx.Param, **kwargs: Any) -> Snapshot:
@@ -73,8 +75,8 @@ def snapshot(model: nnx.Module, *args: Any, wrt: Any = nnx.Param, **kwargs: Any)
     """
     graphdef, _, rest = nnx.split(model, wrt, ...)
     inputs = jax.tree.map(lambda x: x if _is_array(x) else _Constant(x), (args, kwargs))
-    # ``as_pure``: what ``split`` returns stays live, and the gradient pass would advance it.
-    return Snapshot(graphdef, nnx.as_pure(rest), inputs)
+    # Pure: what ``split`` returns stays live, and the gradient pass would advance it.
+    return Snapshot(graphdef, pure_state(rest), inputs)
 
 
 def model_fn(params: Any, batch: Snapshot) -> Any:

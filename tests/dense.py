@@ -18,14 +18,29 @@ from jax.flatten_util import ravel_pytree
 
 import fvp
 
+
+
+def known(options):
+    """Those of ``options`` that this version of XLA knows."""
+
+    def is_known(name):
+        try:
+            jax.jit(lambda: 0, compiler_options={name: options[name]}).lower().compile()
+        except Exception:  # jax has changed the class
+            return False
+        return True
+
+    return {name: options[name] for name in options if is_known(name)}
+
+
 # The problems are tiny and compile time is all there is: emit kernels by the older and quicker of
-# XLA's two ways, all in one piece, and leave out LLVM's optimisations.
-QUICK_KERNELS = {"xla_cpu_use_fusion_emitters": False, "xla_cpu_parallel_codegen_split_count": 1}
-QUICKLY = {
-    "xla_backend_optimization_level": 0,
-    "xla_llvm_disable_expensive_passes": True,
-    **QUICK_KERNELS,
-}
+# XLA's two ways where it has two, all in one piece, and leave out LLVM's optimisations.
+QUICK_KERNELS = known(
+    {"xla_cpu_use_fusion_emitters": False, "xla_cpu_parallel_codegen_split_count": 1}
+)
+QUICKLY = QUICK_KERNELS | known(
+    {"xla_backend_optimization_level": 0, "xla_llvm_disable_expensive_passes": True}
+)
 quick_jit = functools.partial(jax.jit, compiler_options=QUICKLY)
 
 CURVATURES = ("fisher", "ggn", "empirical_fisher", "hessian")

@@ -8,6 +8,8 @@ import jax
 import jax.numpy as jnp
 from models import GAUSSIAN, KEY, SIGMOID, SOFTMAX, VOCABULARY, causal_attention, model, normal
 
+from fvp.compatibility import pure_state
+
 
 def nnx_cnn(training, rng):
     from flax import nnx
@@ -32,8 +34,8 @@ def nnx_cnn(training, rng):
         return nnx.merge(graphdef, params, batch["rest"])(batch["x"])
 
     widen = lambda x: x.astype(jnp.float64) if jnp.issubdtype(x.dtype, jnp.floating) else x
-    batch = {"x": normal(rng, 5, 4, 4, 2), "rest": jax.tree.map(widen, nnx.as_pure(rest))}
-    return model_fn, nnx.as_pure(params), batch
+    batch = {"x": normal(rng, 5, 4, 4, 2), "rest": jax.tree.map(widen, pure_state(rest))}
+    return model_fn, pure_state(params), batch
 
 
 @model(SOFTMAX, framework="flax")
@@ -72,9 +74,9 @@ def nnx_transformer(rng):
     graphdef, params, rest = nnx.split(Net(nnx.Rngs(0)), nnx.Param, ...)
 
     def model_fn(params, tokens):
-        return nnx.merge(graphdef, params, nnx.as_pure(rest))(tokens)
+        return nnx.merge(graphdef, params, pure_state(rest))(tokens)
 
-    return model_fn, nnx.as_pure(params), jnp.asarray(rng.integers(0, 5, (3, 4)))
+    return model_fn, pure_state(params), jnp.asarray(rng.integers(0, 5, (3, 4)))
 
 
 @model(SOFTMAX, framework="flax")

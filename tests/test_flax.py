@@ -8,6 +8,7 @@ import pytest
 from dense import relative_error
 
 import fvp
+from fvp.compatibility import pure_state
 
 nnx = pytest.importorskip("flax.nnx", reason="tests of the Flax helpers")
 linen = pytest.importorskip("flax.linen", reason="tests of the Flax helpers")
@@ -96,11 +97,11 @@ def test_the_live_state_would_give_another_function():
 
 def test_the_curvature_pass_leaves_the_module_as_it_was():
     net = Net(nnx.Rngs(0))
-    before = nnx.as_pure(nnx.state(net, nnx.Not(nnx.RngKey)))
+    before = pure_state(nnx.state(net, nnx.Not(nnx.RngKey)))
     batch = fvp.nnx.snapshot(net, X[0])
     params = fvp.nnx.parameters(net)
     assert jnp.isfinite(fvp.fisher(fvp.nnx.model_fn, HEAD, params, batch).quadratic_form(params))
-    after = nnx.as_pure(nnx.state(net, nnx.Not(nnx.RngKey)))
+    after = pure_state(nnx.state(net, nnx.Not(nnx.RngKey)))
     jax.tree.map(np.testing.assert_array_equal, before, after)
 
 

@@ -277,16 +277,18 @@ def test_axes_along_which_rows_meet_are_found(name, axes):
     assert captured(name)[2] == axes
 
 
-def strange(params, x):
-    return jnp.tanh(x @ jax.scipy.linalg.expm(params["strange"])) @ params["w"]
-
-
-STRANGE = {"strange": 0.1 * jnp.eye(3), "w": jnp.ones((3, 2))}
+def window_by_example(params, batch):
+    """Each example reads another part of the parameter."""
+    x, start = batch
+    window = jax.vmap(lambda i: jax.lax.dynamic_slice_in_dim(params["table"], i, 2))(start)
+    return x * window @ params["w"]
 
 
 def test_a_use_without_a_rule_raises_with_parameter_and_primitive():
-    with pytest.raises(ValueError, match=r"params\['strange'\].*'\w+'"):
-        fvp.fisher_diagonal(strange, GAUSSIAN, STRANGE, jnp.ones((4, 3)))
+    params = {"table": jnp.ones(5), "w": jnp.ones((2, 3))}
+    batch = jnp.ones((4, 2)), jnp.arange(4)
+    with pytest.raises(ValueError, match=r"params\['table'\].*'gather'"):
+        fvp.fisher_diagonal(window_by_example, GAUSSIAN, params, batch)
 
 
 def straight_through(rule):

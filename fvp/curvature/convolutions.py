@@ -16,7 +16,7 @@ import numpy as np
 from jax import Array
 from jax.extend.core import ClosedJaxpr, Jaxpr, Literal, jaxpr_as_fun
 
-from fvp.jaxprs import bind
+from fvp.compatibility import JIT, bind
 
 
 def fast_convolutions(function: Callable[..., Any]) -> Callable[..., Any]:
@@ -41,7 +41,7 @@ def _convolves(jaxpr: Jaxpr) -> bool:
 
 
 def _is_jit(equation: Any) -> bool:
-    return equation.primitive.name == "jit"
+    return equation.primitive.name in JIT
 
 
 def _evaluate(closed: ClosedJaxpr, args: list[Any]) -> list[Any]:

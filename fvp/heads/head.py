@@ -59,6 +59,14 @@ class Head(abc.ABC):
         y = self.check_targets(z, y)
         return self._hessian(widen(z), y, widen(u)).astype(z.dtype)
 
+    def hessian_factor(self, z: Array, y: Array) -> Array | None:
+        """The c of each example with Hessian = c F_R(z), over the batch axes; None where it is 1.
+
+        For heads over natural parameters; others override :meth:`_hessian` itself.
+        """
+        del z, y
+        return None
+
     def sqrt_fisher(self, z: Array, w: Array) -> Array:
         """S w, where S S^T = F_R(z); ``w`` and the result have the shape of ``z``."""
         self.check_outputs(z)
@@ -142,9 +150,12 @@ class Head(abc.ABC):
     def _fisher(self, z: Array, u: Array) -> Array: ...
 
     def _hessian(self, z: Array, y: Array, u: Array) -> Array:
-        # z is the natural parameter: the Hessian of the log-partition function, without y.
-        del y
-        return self._fisher(z, u)
+        # z is the natural parameter: the Hessian of the log-partition function, up to how often
+        # the targets count.
+        product, factor = self._fisher(z, u), self.hessian_factor(z, y)
+        if factor is None:
+            return product
+        return product * factor.reshape(factor.shape + (1,) * self.event_ndim)
 
     @abc.abstractmethod
     def _sqrt_fisher(self, z: Array, w: Array) -> Array: ...
@@ -178,6 +189,17 @@ def register_head(cls: type[H]) -> type[H]:
 
     jax.tree_util.register_pytree_with_keys(cls, flatten, unflatten)
     return cls
+
+
+def check_head(head: Any, hint: str = "") -> None:
+    """Raises unless ``head`` is a head."""
+    if isinstance(head, type) and issubclass(head, Head):
+        raise TypeError(
+            f"head: expected an instance such as fvp.{head.__name__}(), got the class"
+            f" {head.__name__}{hint}."
+        )
+    if not isinstance(head, Head):
+        raise TypeError(f"head: expected a head such as fvp.Softmax(), got {head!r}{hint}.")
 
 
 def check_event_ndim(event_ndim: Any) -> None:

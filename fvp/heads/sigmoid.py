@@ -17,7 +17,9 @@ from fvp.heads.head import Head, check_event_ndim, log_partition_gap, register_h
 class Sigmoid(Head):
     """Independent Bernoulli outputs; ``z`` are logits, ``y`` in [0, 1] of the shape of ``z``.
 
-    With p = sigmoid(z): F_R u = p (1 - p) u, and S = diag sqrt(p (1 - p)).
+    With p = sigmoid(z): F_R u = p (1 - p) u, and S = diag sqrt(p (1 - p)). A logit may be infinite:
+    the outcome is then certain, nll 0 or inf. Targets outside [0, 1] count as they do in
+    nll = softplus(z) - y z, with score y - p.
 
     Args:
       event_ndim: how many trailing axes of ``z`` make one example (its outputs). With 0 every
@@ -38,7 +40,7 @@ class Sigmoid(Head):
     def _nll(self, z: Array, y: Array) -> Array:
         # softplus(z) - y z, in the form that keeps the digits of a confident, correct logit.
         y = y.astype(z.dtype)
-        terms = y * jax.nn.softplus(-z) + (1 - y) * jax.nn.softplus(z)
+        terms = _times(y, jax.nn.softplus(-z)) + _times(1 - y, jax.nn.softplus(z))
         return jnp.sum(terms, axis=self.event_axes())
 
     def _mean(self, z: Array) -> Array:
@@ -48,7 +50,8 @@ class Sigmoid(Head):
         return jax.random.bernoulli(key, jax.nn.sigmoid(z)).astype(dtype)
 
     def _score(self, z: Array, y: Array) -> Array:
-        return y.astype(z.dtype) - jax.nn.sigmoid(z)
+        y = y.astype(z.dtype)  # y - p would lose the digits of a confident, correct logit
+        return y * jax.nn.sigmoid(-z) - (1 - y) * jax.nn.sigmoid(z)
 
     def _variance(self, z: Array) -> Array:
         return jax.nn.sigmoid(z) * jax.nn.sigmoid(-z)  # 1 - p would lose the digits of small 1 - p
@@ -65,8 +68,14 @@ class Sigmoid(Head):
     def _kl(self, z: Array, z_new: Array) -> Array:
         p, q, d, softplus = jax.nn.sigmoid(z), jax.nn.sigmoid(-z), z_new - z, jax.nn.softplus
         # The second form, for close logits, is the one that does not cancel there.
-        far = p * (softplus(-z_new) - softplus(-z)) + q * (softplus(z_new) - softplus(z))
+        up, down = softplus(-z_new) - softplus(-z), softplus(z_new) - softplus(z)
+        far = _times(p, up) + _times(q, down)
         near = jnp.abs(d) < 1
         d = jnp.where(near, d, 0)
         close = log_partition_gap(jnp.stack([p, q]), jnp.stack([q * d, -p * d]), (0,))
         return jnp.sum(jnp.where(near, close, far), axis=self.event_axes())
+
+
+def _times(weight: Array, x: Array) -> Array:
+    """The product, with 0 times anything that is not finite 0."""
+    return weight * jnp.where((weight == 0) & ~jnp.isfinite(x), 0, x)

@@ -10,6 +10,7 @@ import jax.numpy as jnp
 from jax import Array
 
 from fvp.heads.head import Head, log_partition_gap, register_head
+from fvp.numerics import wide_dtype
 
 
 @register_head
@@ -17,8 +18,14 @@ from fvp.heads.head import Head, log_partition_gap, register_head
 class Softmax(Head):
     """Categorical distribution; ``z`` are logits of shape (batch axes, C), ``y`` labels.
 
-    Targets are integers of shape (batch axes) or probability rows of the shape of ``z``, each
-    summing to one. With p = softmax(z): F_R u = p (u - p.u), and S w = sqrt(p) w - p (sqrt(p).w).
+    With p = softmax(z): F_R u = p (u - p.u), and S w = sqrt(p) w - p (sqrt(p).w). Every entry keeps
+    its digits where p is near one class. A logit of -inf takes its class out.
+
+    Targets are integers of shape (batch axes), or rows of the shape of ``z``. A label outside
+    0 ... C - 1 gives NaN in ``nll``, ``score`` and ``hessian``; in a row of weight zero it does no
+    harm. Rows are probabilities, or any weights of the classes, with nll = -sum_c y_c log p_c: the
+    score is y - (sum y) p and the Hessian (sum y) F_R, which is F_R where the row sums to one.
+    ``fisher`` is F_R whatever the targets.
 
     Example:
       >>> import jax.numpy as jnp, fvp
@@ -49,7 +56,8 @@ class Softmax(Head):
                 )
         elif not jnp.issubdtype(y.dtype, jnp.integer):
             raise TypeError(
-                f"targets: Softmax expects integer labels or probability rows, got {y.dtype}."
+                f"targets: Softmax expects integer labels or probability rows, got {y.dtype};"
+                " labels that are not floating-point are cast by y.astype(int)."
             )
         elif y.shape != self.batch_shape(z):
             raise ValueError(
@@ -58,11 +66,14 @@ class Softmax(Head):
             )
 
     def _nll(self, z: Array, y: Array) -> Array:
-        log_p = jax.nn.log_softmax(z)
+        log_p = _log_softmax(z)
         if jnp.issubdtype(y.dtype, jnp.integer):
-            return -jnp.take_along_axis(log_p, y[..., None], axis=-1)[..., 0]
-        # A class of zero probability contributes nothing, even where its logit is -inf.
-        return -jnp.sum(jnp.where(y == 0, 0, y * log_p), axis=-1)
+            y, valid = _labels(y, z.shape[-1])
+            chosen = jnp.take_along_axis(log_p, jnp.where(valid, y, 0)[..., None], axis=-1)
+            return jnp.where(valid, -chosen[..., 0], jnp.nan)
+        # A class that the row leaves out contributes nothing, even where its logit is -inf.
+        absent = (y == 0) & (log_p == -jnp.inf)
+        return -jnp.sum(y.astype(z.dtype) * jnp.where(absent, 0, log_p), axis=-1)
 
     def _mean(self, z: Array) -> Array:
         return jax.nn.softmax(z)
@@ -72,32 +83,90 @@ class Softmax(Head):
         return jax.random.categorical(key, z)
 
     def _score(self, z: Array, y: Array) -> Array:
-        if jnp.issubdtype(y.dtype, jnp.integer):
-            y = jax.nn.one_hot(y, z.shape[-1], dtype=z.dtype)
-        return y - jax.nn.softmax(z)
+        p = jax.nn.softmax(z)
+        leading = _leading(p)
+        others = _sum(jnp.where(leading, 0, p))  # 1 - p there, with its digits
+        if not jnp.issubdtype(y.dtype, jnp.integer):
+            y = y.astype(z.dtype)
+            rest = _sum(jnp.where(leading, 0, y))
+            return jnp.where(leading, y * others - p * rest, y - _sum(y) * p)
+        y, valid = _labels(y, z.shape[-1])
+        hit = y[..., None] == jnp.arange(z.shape[-1], dtype=y.dtype)
+        score = jnp.where(hit, jnp.where(leading, others, 1 - p), -p)
+        return jnp.where(valid[..., None], score, jnp.nan)
 
     def _fisher(self, z: Array, u: Array) -> Array:
         p = jax.nn.softmax(z)
-        return p * (u - jnp.sum(p * u, axis=-1, keepdims=True))
+        return p * _deviation(p, u)
+
+    def hessian_factor(self, z: Array, y: Array) -> Array:
+        """The sum of each row of targets; 1 for a label, NaN for one out of range."""
+        if jnp.issubdtype(y.dtype, jnp.integer):
+            return jnp.where(_labels(y, z.shape[-1])[1], 1, jnp.nan).astype(wide_dtype(z.dtype))
+        return jnp.sum(y.astype(wide_dtype(z.dtype)), axis=-1)
 
     def _sqrt_fisher(self, z: Array, w: Array) -> Array:
         p = jax.nn.softmax(z)
-        root = jnp.sqrt(p)
-        return root * w - p * jnp.sum(root * w, axis=-1, keepdims=True)
+        leading, root = _leading(p), jnp.sqrt(p)
+        others = _sum(jnp.where(leading, 0, p))
+        along = root * w
+        rest = _sum(jnp.where(leading, 0, along))
+        # w - root (root.w), where the leading class's own share (1 - p) w would cancel.
+        part = jnp.where(leading, others * w - root * rest, w - root * _sum(along))
+        return root * part
 
     def _sqrt_fisher_transpose(self, z: Array, u: Array) -> Array:
         p = jax.nn.softmax(z)
-        return jnp.sqrt(p) * (u - jnp.sum(p * u, axis=-1, keepdims=True))
+        return jnp.sqrt(p) * _deviation(p, u)
 
     def _kl(self, z: Array, z_new: Array) -> Array:
         p = jax.nn.softmax(z)
-        log_ratio = jax.nn.log_softmax(z) - jax.nn.log_softmax(z_new)
-        far = jnp.sum(jnp.where(p == 0, 0, p * log_ratio), axis=-1)
+        absent = p == 0
+        log_ratio = jnp.where(absent, 0, _log_softmax(z) - _log_softmax(z_new))
+        far = jnp.sum(p * log_ratio, axis=-1)
         # Close to each other the form above cancels; each form is evaluated on safe values only.
         excluded = (z == -jnp.inf) & (z_new == -jnp.inf)  # classes masked out of both
         d = jnp.where(excluded, 0, z_new - z)
-        d -= jnp.sum(jnp.where(p == 0, 0, p * d), axis=-1, keepdims=True)
-        d = jnp.where(excluded, 0, d)
-        near = jnp.max(jnp.abs(d), axis=-1) < 1
+        comparable = jnp.all(jnp.isfinite(d), axis=-1)
+        d = jnp.where(excluded, 0, _deviation(p, jnp.where(comparable[..., None], d, 0)))
+        near = comparable & (jnp.max(jnp.abs(d), axis=-1) < 1)
         close = log_partition_gap(p, jnp.where(near[..., None], d, 0), (-1,))
         return jnp.where(near, close, far)
+
+
+def _labels(y: Array, classes: int) -> tuple[Array, Array]:
+    """Labels in a dtype that holds all classes, and which of them are classes."""
+    if jnp.iinfo(y.dtype).bits < 32:
+        y = y.astype(jnp.int32)
+    return y, (y >= 0) & (y < classes)
+
+
+def _sum(x: Array) -> Array:
+    return jnp.sum(x, axis=-1, keepdims=True)
+
+
+def _leading(p: Array) -> Array:
+    """The class that has three quarters and more, if there is one: 1 - p cancels there."""
+    return p > 0.75  # never two, however p was rounded
+
+
+def _deviation(p: Array, u: Array) -> Array:
+    """The entries of u - p.u, counted from the leading class, where both nearly agree."""
+    leading = _leading(p)
+    d = jnp.where(leading, 0, u - _sum(jnp.where(leading, u, 0)))
+    return d - _sum(p * d)
+
+
+@jax.custom_jvp
+def _log_softmax(z: Array) -> Array:
+    """The log-probabilities; the largest is -log1p of what the others add, with its digits."""
+    shifted = z - jnp.max(z, axis=-1, keepdims=True)
+    top = shifted == 0
+    others = _sum(jnp.where(top, 0, jnp.exp(shifted))) + (_sum(top.astype(z.dtype)) - 1)
+    return shifted - jnp.log1p(others)
+
+
+@_log_softmax.defjvp
+def _log_softmax_jvp(primals: Any, tangents: Any) -> tuple[Array, Array]:
+    (z,), (tangent,) = primals, tangents
+    return _log_softmax(z), _deviation(jax.nn.softmax(z), tangent)

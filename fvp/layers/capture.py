@@ -9,12 +9,15 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import Array
 
 from fvp.heads import Head
-from fvp.layers.interpret import Interpreter, Value
+from fvp.layers.embedded import restrict
+from fvp.layers.interpret import Interpreter
 from fvp.layers.place_rules import Mixed, Place
 from fvp.layers.uses import Use
+from fvp.layers.values import Record, Value
 from fvp.layers.views import View
 from fvp.numerics import widen
 
@@ -35,8 +38,10 @@ class Capture:
       lost: uses without, whose gradients only plain differentiation gives.
       inputs: for each use, (E, R, G, inputs): examples, rows, groups; indices (E, R, G) of a
         lookup; None for shifts and scales, whose input is one.
+      active: for each use in a branch of a conditional (E, R, G), 1 where it was taken, else 0;
+        None for the others.
       examples: batch axes of z that are example axes; E is the product of their lengths.
-      mixed: the primitive where examples met along the first batch axis, or None.
+      mixed: where examples met along the first batch axis, or None.
     """
 
     z: Array
@@ -46,8 +51,9 @@ class Capture:
     uses: tuple[Use, ...]
     lost: tuple[Use, ...]
     inputs: tuple[Any, ...]
+    active: tuple[Any, ...]
     examples: tuple[int, ...]
-    mixed: str | None
+    mixed: Mixed | None
     _counts: tuple[int, ...]
     _pullback: Callable[[Array], Any]
     _factors: tuple[Any, ...]
@@ -90,27 +96,35 @@ def capture(
 ) -> Capture:
     """Traces ``model_fn`` and evaluates it once, with a tap at every use of every parameter."""
     leaves, structure = jax.tree.flatten(params)
-    inputs, batch_structure = jax.tree.flatten(batch)
+    flat, batch_structure = jax.tree.flatten(batch)
+    is_data = [isinstance(leaf, (jax.Array, np.ndarray, np.generic, float)) for leaf in flat]
+    inputs = [leaf for leaf, data in zip(flat, is_data, strict=True) if data]
 
     def flat_model(leaves: Any, inputs: Any) -> Any:
-        params = jax.tree.unflatten(structure, leaves)
-        return model_fn(params, jax.tree.unflatten(batch_structure, inputs))
+        params, rest = jax.tree.unflatten(structure, leaves), iter(inputs)
+        merged = [next(rest) if data else leaf for leaf, data in zip(flat, is_data, strict=True)]
+        return model_fn(params, jax.tree.unflatten(batch_structure, merged))
 
     closed, out = jax.make_jaxpr(flat_model, return_shape=True)(leaves, inputs)
     head.check_outputs(out)
     counts = head.batch_shape(out)
-    places = _seeds(batch, batch_axes, counts)
+    seeds = zip(_seeds(batch, batch_axes, counts), is_data, strict=True)
+    places = [place for place, data in seeds if data]
 
-    def evaluate(taps: Any) -> tuple[Value, list[tuple[Use, Any]]]:
+    def evaluate(taps: Any) -> tuple[Value, list[Record]]:
         interpreter = Interpreter(counts, taps)
         nowhere = (None,) * len(counts)
         values = [
-            Value(leaf, nowhere, View.of(i, jnp.shape(leaf)), trained=True)
+            Value(leaf, nowhere, (View.of(i, leaf.shape),) if leaf.size else ())
             for i, leaf in enumerate(leaves)
         ]
         values += [Value(x, place) for x, place in zip(inputs, places, strict=True)]
         (z,) = interpreter.run(closed.jaxpr, closed.consts, values)
-        interpreter.lose(z, "the model's output")
+        if z.views:  # the batch has no part in it: every row is the same function of parameters
+            everywhere = tuple(map(Place, range(len(counts))))
+            z = interpreter.materialize(z, "the model's output", everywhere)
+        for record in interpreter.records:
+            restrict(record.use, leaves[record.use.view.leaf].shape)
         return z, interpreter.records
 
     found: list[Any] = []
@@ -119,29 +133,36 @@ def capture(
         found[:] = evaluate(None)
 
     jax.eval_shape(shapes_only)
-    uses = [use for use, _ in found[1]]
+    uses = [record.use for record in found[1]]
     examples, mixed = _example_axes(found[0], uses, counts)
     zeros = [_tap(use) for use in uses]
 
     def tapped(taps: Any) -> Any:
         z, records = evaluate(taps)
-        found[:] = z, [use for use, _ in records]
-        return z.x, [operand for _, operand in records]
+        found[:] = z, [record.use for record in records]
+        return z.x, [(record.operand, record.active) for record in records]
 
-    z, pullback, operands = jax.vjp(tapped, zeros, has_aux=True)
+    z, pullback, recorded = jax.vjp(tapped, zeros, has_aux=True)
     uses = found[1]
     ruled = [i for i, use in enumerate(uses) if _has_rule(use, examples)]
     lost = [use for i, use in enumerate(uses) if i not in ruled]
-    pick = lambda values: tuple(values[i] for i in ruled)
+    served = [(uses[i], *recorded[i]) for i in ruled]
 
     def pull(cotangent: Array) -> Any:
         (taps,) = pullback(cotangent)
-        return pick(taps)
+        return [taps[i] for i in ruled]
 
     def canonical(use: Use, operand: Any) -> Any:
         if use.kind in ("shift", "scale"):
             return None
         return rows_of(use, use.read_input, operand, examples, counts, 1 + (use.kind != "lookup"))
+
+    def activity(use: Use, active: Any) -> Any:
+        if active is None:
+            return None
+        shape = jax.eval_shape(use.read_output, jax.ShapeDtypeStruct(use.shape, use.dtype)).shape
+        everywhere = lambda active: jnp.broadcast_to(active, shape[:-1])
+        return rows_of(use, everywhere, active, examples, counts, 1)
 
     named = jax.tree_util.tree_leaves_with_path(params)
     return Capture(
@@ -149,18 +170,15 @@ def capture(
         paths=tuple("params" + jax.tree_util.keystr(path) for path, _ in named),
         shapes=tuple(jax.ShapeDtypeStruct(leaf.shape, leaf.dtype) for leaf in leaves),
         structure=structure,
-        uses=pick(uses),
+        uses=tuple(use for use, _, _ in served),
         lost=tuple(lost),
-        inputs=pick(
-            [None if u in lost else canonical(u, x) for u, x in zip(uses, operands, strict=True)]
-        ),
+        inputs=tuple(canonical(use, operand) for use, operand, _ in served),
+        active=tuple(activity(use, active) for use, _, active in served),
         examples=examples,
         mixed=mixed,
         _counts=tuple(counts),
         _pullback=pull,
-        _factors=pick(
-            [x if use.kind == "scale" else None for use, x in zip(uses, operands, strict=True)]
-        ),
+        _factors=tuple(x if use.kind == "scale" else None for use, x, _ in served),
     )
 
 
@@ -181,7 +199,8 @@ def _seeds(batch: Any, batch_axes: Any, counts: Sequence[int]) -> list[tuple[Any
     )
     places = []
     for leaf, axis in zip(jax.tree.leaves(batch), axes, strict=True):
-        shape, row = jnp.shape(leaf), []
+        shape: tuple[int, ...] = getattr(leaf, "shape", ())
+        row = []
         for number, count in enumerate(counts):
             dim = axis if number == 0 else (None if axis not in (0, None) else number)
             if dim is None or not -len(shape) <= dim < len(shape) or shape[dim] != count:
@@ -197,7 +216,7 @@ def _example_axes(z: Value, uses: Sequence[Use], counts: Sequence[int]) -> Any:
     kept = []
     for axis in range(len(counts)):
         place = z.places[axis]
-        apart = counts[axis] == 1 or place == Place(axis)
+        apart = counts[axis] == 1 or place is None or place == Place(axis)
         ruled = [use for use in uses if use.kind != "other"]
         if axis and not all(_row_place(use, axis) for use in ruled):
             apart = False
@@ -207,19 +226,21 @@ def _example_axes(z: Value, uses: Sequence[Use], counts: Sequence[int]) -> Any:
         # One example needs no axis: everything that happens is within it.
         return tuple(axis for axis in kept if counts[axis] > 1), None
     place = z.places[0]
-    return (), place.primitive if isinstance(place, Mixed) else "the model's output"
+    return (), place if isinstance(place, Mixed) else Mixed("the model's output")
 
 
 def _row_place(use: Use, axis: int) -> Place | None:
+    """Where the examples along a batch axis are among the rows of a use; None if they are not."""
     place = use.places[axis]
-    return place if isinstance(place, Place) and place.dim in use.rows else None
+    if not isinstance(place, Place):
+        return None
+    if place.dim < 0:
+        return place if use.scans[place.dim][0] == "shared" else None
+    return place if place.dim in use.rows else None
 
 
 def _has_rule(use: Use, examples: Sequence[int]) -> bool:
-    if use.kind == "other" or any(_row_place(use, axis) is None for axis in examples):
-        return False
-    scalar = use.view.factor is None or jnp.size(use.view.factor) == 1
-    return scalar or use.kind in ("shift", "scale")
+    return use.kind != "other" and all(_row_place(use, axis) is not None for axis in examples)
 
 
 def _tap(use: Use) -> Any:
@@ -237,9 +258,10 @@ def _view_factor(use: Use) -> Any:
     if factor.ndim == 0:
         return factor
     core = jnp.broadcast_to(factor, use.view.shape)
-    groups = core.transpose([d for part in use.parts for d in part])
-    groups = groups.reshape(-1, use.layout.shape[2])
-    return jnp.tile(groups, (use.layout.shape[0] // groups.shape[0], 1))
+    whole = use.layout.whole
+    groups = core.transpose([d for part in use.parts for d in part]).reshape(-1, whole[2])
+    groups = jnp.tile(groups, (whole[0] // groups.shape[0], 1))
+    return groups if use.kept is None else groups[np.ix_(use.kept[0], use.kept[2])]
 
 
 def rows_of(
@@ -264,7 +286,8 @@ def rows_of(
     )
     shape, where = [], {}
     for number, size in enumerate(rows):
-        dim = use.rows[number - len(shared)] if number >= len(shared) else None
+        inside = number >= len(shared)
+        dim = use.rows[number - len(shared)] if inside else shared[number] - len(use.scans)
         places = [(_row_place(use, axis), axis) for axis in examples]
         here = [(place.inner, axis) for place, axis in places if place and place.dim == dim]
         for inner, axis in sorted(here, reverse=True):

@@ -13,9 +13,17 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import Array
+from jax.core import Tracer
 
-from fvp.curvature.metrics import Examples, ScoreMetric, monte_carlo_metric
+from fvp.curvature.metrics import (
+    Examples,
+    FisherMetric,
+    HessianMetric,
+    ScoreMetric,
+    monte_carlo_metric,
+)
 from fvp.curvature.pieces import example_weights, mask_outputs, total_weight
 from fvp.heads import Head, Softmax
 from fvp.numerics import widen
@@ -56,6 +64,17 @@ class Columns:
         shapes = jax.eval_shape(chunk, indices[0])
         zeros = jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), shapes)
         return jax.lax.scan(step, zeros, indices)[0]
+
+
+def check_not_negative(weights: Any) -> None:
+    """Raises for negative weights where their values are known: their square roots are none."""
+    if weights is None or isinstance(weights, Tracer):
+        return
+    if np.min(np.asarray(weights), initial=0) < 0:
+        raise ValueError(
+            "weights: fisher_diagonal, kfac and solve_dual expect 0 or more, got"
+            f" {np.min(np.asarray(weights))}; products and fvp.cg take negative ones."
+        )
 
 
 def exact_root(head: Head, z: Array) -> tuple[int, Callable[[Any], Array]]:
@@ -127,6 +146,13 @@ def columns_of(
     return separated(size, root, shares, separate, head.event_ndim)
 
 
+def has_root(metric: Any) -> bool:
+    """Whether the columns of a metric are known: of scores, of F_R and of its multiples."""
+    if isinstance(metric, HessianMetric):
+        return type(metric.head)._hessian is Head._hessian
+    return isinstance(metric, ScoreMetric | FisherMetric)
+
+
 def metric_columns(piece: Any, total: Array, separate: Sequence[int]) -> Columns:
     """The columns of a Gauss-Newton piece whose examples weigh ``total``, from its own metric."""
     head, metric, z = piece.head, piece.metric, piece.output
@@ -136,7 +162,16 @@ def metric_columns(piece: Any, total: Array, separate: Sequence[int]) -> Columns
         size, root = score_root(metric.scores)
     else:
         size, root = exact_root(head, metric.z)
+        if (factor := multiple_of_fisher(metric)) is not None:
+            weights = jnp.where(weights == 0, 0, factor * weights)
     return separated(size, root, weights / total, separate, head.event_ndim)
+
+
+def multiple_of_fisher(metric: Any) -> Array | None:
+    """The c of each example with H = c F_R; None where it is 1."""
+    if not isinstance(metric, HessianMetric):
+        return None
+    return metric.head.hessian_factor(metric.z, metric.targets)
 
 
 def separated(

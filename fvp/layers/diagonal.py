@@ -15,7 +15,7 @@ from fvp.checks import check_inexact_tree, check_positive_int
 from fvp.compilation import compiled_when_eager
 from fvp.curvature.linearization import Linearization
 from fvp.heads import Head
-from fvp.layers.columns import columns_of
+from fvp.layers.columns import check_not_negative, columns_of
 from fvp.layers.groups import Rows
 from fvp.layers.report import check_fallback
 from fvp.layers.rows import CHUNK, LayerRows, layer_rows
@@ -82,6 +82,7 @@ def fisher_diagonal(
     """
     check_positive_int(num_samples, "num_samples")
     check_fallback(fallback)
+    check_not_negative(weights)
     params = check_inexact_tree(params, "params")
     axes, structure = jax.tree.flatten(batch_axes, is_leaf=lambda axis: axis is None)
     static = ((structure, tuple(axes)), num_samples, fallback)
@@ -113,7 +114,8 @@ def _squares(
     def squares(groups: list[Rows]) -> list[Array]:
         total = [jnp.zeros(s.shape, widen(layers.z).dtype) for s in layers.shapes]
         for rows in groups:
-            total[rows.uses[0].view.leaf] += squared(rows)
+            leaf = rows.uses[0].view.leaf
+            total[leaf] += squared(rows, layers.shapes[leaf].shape)
         return total
 
     total = captured.sum(squares)

@@ -12,13 +12,14 @@ import numpy as np
 from jax import Array
 
 from fvp.layers.capture import Capture
-from fvp.layers.groups import Rows, labels
+from fvp.layers.groups import Rows, standing_for
 from fvp.layers.kronecker import KroneckerBlock
+from fvp.layers.layouts import Layout
 from fvp.layers.products import einsum
+from fvp.layers.report import treatment
 from fvp.layers.rows import CHUNK, LayerRows, scan_examples
 from fvp.layers.squares import squared_lookup
 from fvp.layers.uses import Use
-from fvp.layers.views import Layout
 
 WEIGHT_SHARING = ("expand", "reduce")
 
@@ -32,12 +33,14 @@ class Plan:
       layouts: of the weight, and of its bias.
       swapped: for each use, whether its inputs are the outputs of the first (a tied embedding).
       lookup: whether the inputs of some use are one-hot: then the left factor is diagonal.
+      merged: whether one use stands for those of the group.
     """
 
     group: int
     layouts: tuple[Layout, ...]
     swapped: tuple[bool, ...]
     lookup: bool
+    merged: bool
 
 
 def plans_of(captured: LayerRows, fallback: str | None) -> tuple[list[Plan], dict[int, str]]:
@@ -46,33 +49,50 @@ def plans_of(captured: LayerRows, fallback: str | None) -> tuple[list[Plan], dic
     Raises where the uses of a parameter do not fit together and there is no fallback.
     """
     layers, groups = captured.layers, captured.groups
-    biases = _joined(captured)
-    orientations = [_orientations(layers, [layers.uses[i] for i in group]) for group in groups]
     unserved = {use.view.leaf: use.primitive for use in layers.lost}
-    for group, swapped in zip(groups, orientations, strict=True):
-        if swapped is None:
-            uses = [layers.uses[i] for i in group]
-            unserved[uses[0].view.leaf] = "overlapping uses"
-            if fallback is None:
-                names = ", ".join(use.primitive for use in uses)
-                raise ValueError(
-                    f"{layers.paths[uses[0].view.leaf]}: its uses ({names}) overlap in different"
-                    " layouts and have no common Kronecker factors; pass"
-                    ' fallback="per_example" for its exact diagonal instead.'
-                )
-    served = lambda number: layers.uses[groups[number][0]].view.leaf not in unserved
-    biases = {weight: bias for weight, bias in biases.items() if served(weight) and served(bias)}
-    plans = []
-    for number, (group, swapped) in enumerate(zip(groups, orientations, strict=True)):
-        if swapped is None or not served(number) or number in biases.values():
+    biases = _joined(captured)
+    plans: dict[int, Plan] = {}
+    for number, group in enumerate(groups):
+        if number in biases.values():
             continue
-        uses = [layers.uses[i] for i in group]
-        layouts = [uses[0].layout]
-        if number in biases:
-            layouts.append(layers.uses[groups[biases[number]][0]].layout)
-        lookup = any(use.kind == "lookup" for use in uses)
-        plans.append(Plan(number, tuple(layouts), swapped, lookup))
-    return plans, unserved
+        leaf = layers.uses[group[0]].view.leaf
+        plan = _plan(layers, number, [layers.uses[i] for i in group])
+        if plan is not None:
+            plans[number] = plan
+            continue
+        names = ", ".join(dict.fromkeys(treatment(layers.uses[i]) for i in group))
+        unserved[leaf] = names
+        if fallback is None:
+            raise ValueError(
+                f"{layers.paths[leaf]}: its uses ({names}) go through functions of the parameter"
+                " or overlap in different layouts, and have no common Kronecker factors; pass"
+                ' fallback="per_example" for its exact diagonal instead.'
+            )
+    leaf_of = lambda number: layers.uses[groups[number][0]].view.leaf
+    for weight, bias in biases.items():
+        own = _plan(layers, bias, [layers.uses[i] for i in groups[bias]])
+        assert own is not None
+        if weight in plans and leaf_of(bias) not in unserved and leaf_of(weight) not in unserved:
+            layouts = (*plans[weight].layouts, *own.layouts)
+            plans[weight] = dataclasses.replace(plans[weight], layouts=layouts)
+        else:
+            plans[bias] = own
+    served = [number for number in sorted(plans) if leaf_of(number) not in unserved]
+    return [plans[number] for number in served], unserved
+
+
+def _plan(layers: Capture, number: int, uses: list[Use]) -> Plan | None:
+    """The block of the uses of one group; None where they have no common Kronecker factors."""
+    shape = layers.shapes[uses[0].view.leaf].shape
+    if (one := standing_for(uses, shape)) is not None:
+        return Plan(number, (one.layout,), (False,), lookup=False, merged=True)
+    if any(use.view.functions or use.view.weighted for use in uses):
+        return None
+    layout, swapped = uses[0].layout, _orientations(uses, shape)
+    if swapped is None:
+        return None
+    lookup = any(use.kind == "lookup" for use in uses)
+    return Plan(number, (layout,), swapped, lookup, merged=False)
 
 
 def _joined(captured: LayerRows) -> dict[int, int]:
@@ -86,7 +106,9 @@ def _joined(captured: LayerRows) -> dict[int, int]:
             continue
         weight = {owners[id(target)] for target in targets}
         theirs = [layers.uses[i] for i in captured.groups[weight.pop()]]
-        plain = all(use.view.factor is None for use in (*uses, *theirs))
+        plain = all(_joinable(use) for use in (*uses, *theirs))
+        kinds = lambda use: [kind for kind, _ in use.scans]
+        plain &= len({tuple(kinds(use)) for use in (*uses, *theirs)}) == 1
         matched = {id(use) for use in theirs} == {id(target) for target in targets}
         one_each = len(theirs) == len(uses) and not weight
         if plain and matched and one_each and all(use.kind != "lookup" for use in theirs):
@@ -94,14 +116,17 @@ def _joined(captured: LayerRows) -> dict[int, int]:
     return found
 
 
-def _orientations(layers: Capture, uses: list[Use]) -> tuple[bool, ...] | None:
+def _joinable(use: Use) -> bool:
+    """Whether a weight and its bias may be one block: plain entries of their leaves."""
+    view = use.view
+    return view.factor is None and not (view.functions or view.weighted or use.embedded)
+
+
+def _orientations(uses: list[Use], shape: tuple[int, ...]) -> tuple[bool, ...] | None:
     """For each use, whether its weight is the transpose of the first's; None if it is neither."""
-    if any(use.view.mixes for use in uses):
-        return None
     if len(uses) == 1:
         return (False,)
-    shape = layers.shapes[uses[0].view.leaf].shape
-    tables = [labels(use, shape) for use in uses]
+    tables = [use.layout.entries(shape) for use in uses]
     swapped = []
     for table in tables:
         if np.array_equal(table, tables[0]):
@@ -113,15 +138,46 @@ def _orientations(layers: Capture, uses: list[Use]) -> tuple[bool, ...] | None:
     return tuple(swapped)
 
 
-def input_side(plan: Plan, number: int, use: Use, x: Any, examples: int, reduce: bool) -> Array:
-    """The inputs (E, R, G, inputs) of a use, or the indices (E, R, G) of a lookup."""
-    if x is None:
-        x = jnp.ones((examples, 1, use.layout.shape[0], 1))
-    elif use.kind == "lookup" and (reduce or plan.swapped[number]):
+@dataclasses.dataclass(frozen=True)
+class Inputs:
+    """The input side of one use in a block: ``x`` (E, R, G, inputs), or indices (E, R, G).
+
+    ``active`` is 1 where the use took place, else 0, broadcastable to (E, R, G).
+    """
+
+    x: Array
+    active: Array
+
+    @property
+    def rows(self) -> Array:
+        """(E,): how often each example used the weight, in every group."""
+        return jnp.broadcast_to(self.active, self.x.shape[:3])[:, :, 0].sum(1)
+
+    def moment(self, weights: Array, size: int, diagonal: bool) -> Array:
+        """Second moment of the inputs, weighted by (E,) numbers; (G, size) where ``diagonal``."""
+        weights = weights[:, None, None] * self.active
+        if jnp.issubdtype(self.x.dtype, jnp.integer):
+            return _histogram(self.x, jnp.broadcast_to(weights, self.x.shape), size)
+        return _moment(self.x * jnp.sqrt(weights)[..., None], diagonal)
+
+
+def input_side(captured: LayerRows, plan: Plan, i: int, reduce: bool) -> Inputs:
+    """The inputs of use number ``i`` of the group of a plan, with a one where it has a bias."""
+    number = captured.groups[plan.group][i]
+    use, x = captured.layers.uses[number], captured.inputs[number]
+    examples, active = captured.shares.size, captured.layers.active[number]
+    if x is None or plan.merged:
+        x, active = jnp.ones((examples, 1, plan.layouts[0].shape[0], 1)), None
+    elif use.kind == "lookup" and (reduce or plan.swapped[i]):
         x = jax.nn.one_hot(x, use.layout.shape[1])
     if len(plan.layouts) > 1:
         x = jnp.concatenate([x, jnp.ones((*x.shape[:-1], 1), x.dtype)], axis=-1)
-    return x.mean(1, keepdims=True) if reduce else x
+    active = jnp.ones((1, 1, 1)) if active is None else active[:, :, :1]
+    if reduce:
+        rows = jnp.maximum(jnp.broadcast_to(active, (*x.shape[:2], 1)).sum(1, keepdims=True), 1)
+        x = jnp.sum(x * active[..., None], axis=1, keepdims=True) / rows[..., None]
+        active = jnp.max(active, axis=1, keepdims=True)
+    return Inputs(x, active)
 
 
 def kronecker_blocks(captured: LayerRows, plans: list[Plan], reduce: bool) -> list[KroneckerBlock]:
@@ -129,29 +185,34 @@ def kronecker_blocks(captured: LayerRows, plans: list[Plan], reduce: bool) -> li
     inputs = [_inputs(captured, plan, reduce) for plan in plans]
 
     def output_moments(rows: list[Rows]) -> list[list[Array]]:
-        return [_of_outputs(plan, rows[plan.group], reduce) for plan in plans]
+        return [
+            [
+                _moment(delta.sum(2, keepdims=True) if reduce else delta, plan.lookup and swapped)
+                for delta, swapped in zip(_outputs(captured, plan, rows), plan.swapped, strict=True)
+            ]
+            for plan in plans
+        ]
 
     blocks = []
     for plan, xs, outputs in zip(plans, inputs, captured.sum(output_moments), strict=True):
-        size = plan.layouts[0].shape[1]
-        pairs = []
+        tied, pairs = any(plan.swapped), []
+        rows = functools.reduce(jnp.add, [x.rows for x in xs])
         for x, output, swapped in zip(xs, outputs, plan.swapped, strict=True):
-            if jnp.issubdtype(x.dtype, jnp.integer):
-                moment = _histogram(x, captured.shares, size)
-            else:
-                moment = _moment(x, plan.lookup and not swapped, captured.shares)
-            moment = (moment / x.shape[1]).astype(output.dtype)
+            times = jnp.maximum(x.rows if tied else rows, 1)
+            size = plan.layouts[0].shape[1]
+            moment = x.moment(captured.shares / times, size, plan.lookup and not swapped)
+            moment = moment.astype(output.dtype)
             pairs.append((output, moment) if swapped else (moment, output))
-        left, right = _combined(pairs, [x.shape[1] for x in xs], any(plan.swapped))
+        left, right = _combined(pairs, tied)
         blocks.append(KroneckerBlock(left, right, None, None, plan.layouts))
     return blocks
 
 
-def _combined(pairs: list[Any], rows: list[int], mixed: bool) -> tuple[Array, Array]:
+def _combined(pairs: list[Any], tied: bool) -> tuple[Array, Array]:
     """One pair of factors for several uses of a weight."""
-    if not mixed:  # uses are like rows: mean of the inputs, sum of the cotangents
-        lefts = [left * (count / sum(rows)) for (left, _), count in zip(pairs, rows, strict=True)]
-        return functools.reduce(jnp.add, lefts), functools.reduce(jnp.add, [p[1] for p in pairs])
+    if not tied:  # uses are like rows: mean of the inputs, sum of the cotangents
+        add = lambda moments: functools.reduce(jnp.add, moments)
+        return add([left for left, _ in pairs]), add([right for _, right in pairs])
     # Inputs on one side meet cotangents: each use enters by its share of the trace, which is kept.
     traces = [(_trace(left), _trace(right)) for left, right in pairs]
     shares = [a * b for a, b in traces]
@@ -166,27 +227,20 @@ def _trace(moment: Array) -> Array:
     return jnp.sum(moment) if moment.ndim == 2 else jnp.trace(moment, axis1=1, axis2=2).sum()
 
 
-def _inputs(captured: LayerRows, plan: Plan, reduce: bool) -> list[Array]:
-    numbers, examples = captured.groups[plan.group], captured.shares.size
-    return [
-        input_side(plan, i, captured.layers.uses[number], captured.inputs[number], examples, reduce)
-        for i, number in enumerate(numbers)
-    ]
+def _inputs(captured: LayerRows, plan: Plan, reduce: bool) -> list[Inputs]:
+    return [input_side(captured, plan, i, reduce) for i in range(len(plan.swapped))]
 
 
-def _of_outputs(plan: Plan, rows: Rows, reduce: bool) -> list[Array]:
-    """The second moment of the cotangents of each use."""
-    moments = []
-    for delta, swapped in zip(rows.outputs, plan.swapped, strict=True):
-        delta = delta.sum(2, keepdims=True) if reduce else delta
-        moments.append(_moment(delta, plan.lookup and swapped))
-    return moments
+def _outputs(captured: LayerRows, plan: Plan, rows: list[Rows]) -> tuple[Array, ...]:
+    """The cotangents (K, E, R, G, outputs) of the uses of a plan."""
+    group = rows[plan.group]
+    if plan.merged:
+        group = group.merged(captured.layers.shapes[group.uses[0].view.leaf].shape)
+    return group.outputs
 
 
-def _moment(x: Array, diagonal: bool, shares: Any = None) -> Array:
-    """Second moment of (..., G, features) over all axes in front, weighted over the examples."""
-    if shares is not None:
-        x = x * jnp.sqrt(shares).reshape(-1, 1, 1, 1)
+def _moment(x: Array, diagonal: bool) -> Array:
+    """Second moment of (..., G, features) over all axes in front."""
     if diagonal:
         return jnp.sum(x**2, axis=tuple(range(x.ndim - 2)))
     x = jnp.moveaxis(x, -2, 0)
@@ -194,14 +248,14 @@ def _moment(x: Array, diagonal: bool, shares: Any = None) -> Array:
     return einsum("gni,gnj->gij", x, x)
 
 
-def _histogram(x: Array, shares: Array, size: int) -> Array:
-    """(G, size): the weight of each index, for x of shape (E, R, G)."""
-    weights = jnp.broadcast_to(shares[:, None], x.shape[:2]).ravel()
+def _histogram(x: Array, weights: Array, size: int) -> Array:
+    """(G, size): the weight of each index, for both of shape (E, R, G)."""
 
-    def count(index: Array) -> Array:
+    def count(index: Array, weights: Array) -> Array:
         return jnp.zeros(size, weights.dtype).at[index].add(weights, mode="drop")
 
-    return jax.vmap(count)(jnp.moveaxis(x, 2, 0).reshape(x.shape[2], -1))
+    flat = lambda x: jnp.moveaxis(x, 2, 0).reshape(x.shape[2], -1)
+    return jax.vmap(count)(flat(x), flat(weights))
 
 
 def with_corrected_eigenvalues(
@@ -215,8 +269,9 @@ def with_corrected_eigenvalues(
         found = []
         for plan, (left, right) in zip(plans, bases, strict=True):
             xs, pairs = _inputs(captured, plan, False), []
-            for x, delta, swapped in zip(xs, rows[plan.group].outputs, plan.swapped, strict=True):
-                a, b = (delta, x) if swapped else (x, delta)
+            outputs = _outputs(captured, plan, rows)
+            for x, delta, swapped in zip(xs, outputs, plan.swapped, strict=True):
+                a, b = (delta, x.x) if swapped else (x.x, delta)
                 pairs.append((turn(a, left), turn(b, right)))
             found.append(_squares(pairs, plan.layouts[0].shape[1]))
         return found

@@ -26,7 +26,8 @@ def gram_matrix(captured: LayerRows, lost: Any) -> Array:
     served = set(captured.lost)
     for rows in captured.rows(columns):
         if rows.uses[0].view.leaf not in served:
-            total += _gram(rows)
+            leaf = rows.uses[0].view.leaf
+            total += _gram(rows.merged(captured.layers.shapes[leaf].shape))
     if lost is not None:
         total += _outer(lost(columns))
     return total
@@ -34,7 +35,7 @@ def gram_matrix(captured: LayerRows, lost: Any) -> Array:
 
 def _gram(rows: Rows) -> Array:
     use, x, delta = rows.uses[0], rows.inputs[0], rows.outputs[0]
-    if len(rows.uses) > 1 or use.view.mixes:
+    if len(rows.uses) > 1 or use.view.functions or use.view.weighted:
         return _outer(rows.gradients().reshape(*delta.shape[:2], -1))
     if delta.shape[2] > 1:
         return _outer_by_inputs(rows)
@@ -48,7 +49,7 @@ def _gram(rows: Rows) -> Array:
             continue
         inputs = x[:, 0, group]
         if use.kind == "lookup":
-            same = (inputs[:, None] == inputs[None]).astype(delta.dtype)
+            same = _same(inputs[:, None], inputs[None], use.layout.shape[1]).astype(delta.dtype)
         else:
             same = einsum("ei,fi->ef", inputs, inputs)
         total += outputs * jnp.tile(same, (columns, columns))
@@ -64,7 +65,7 @@ def _outer_by_inputs(rows: Rows) -> Array:
     """Through the gradients, over some of the layer's inputs at a time."""
     (x,), (delta,), (use,) = rows.inputs, rows.outputs, rows.uses
     if use.kind == "lookup":
-        return _lookups(x, delta)
+        return _lookups(x, delta, use.layout.shape[1])
     size = max(1, CHUNK // (math.prod(delta.shape[:2]) * delta.shape[3] * delta.shape[4]))
     part = lambda x: _outer(einsum("ergi,kergo->kegio", x, delta).reshape(*delta.shape[:2], -1))
     inputs = x.shape[-1]
@@ -77,14 +78,19 @@ def _outer_by_inputs(rows: Rows) -> Array:
     return jax.lax.scan(lambda total, x: (total + part(x), None), zero, parts)[0]
 
 
-def _lookups(x: Array, delta: Array) -> Array:
+def _same(a: Array, b: Array, size: int) -> Array:
+    """Whether two lookups in a table of ``size`` read the same entry: out of range reads none."""
+    return (a == b) & (a < size)
+
+
+def _lookups(x: Array, delta: Array, size: int) -> Array:
     """Rows that look up the same entry, in whichever example."""
-    columns, examples, count = delta.shape[:3]
+    columns, examples = delta.shape[:2]
 
     def pair(e: Array) -> Array:
-        same = (x[e][None, :, None] == x[:, None, :]).astype(delta.dtype)  # (F, R, S, G)
+        same = _same(x[e][None, :, None], x[:, None, :], size)  # (F, R, S, G)
+        same = same.astype(delta.dtype)
         return einsum("frsg,krgo,lfsgo->klf", same, delta[:, e], delta)
 
-    del count
     gram = jax.lax.map(pair, jnp.arange(examples))  # (E, K, L, F)
     return gram.transpose(1, 0, 2, 3).reshape(columns * examples, columns * examples)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import math
 from collections.abc import Sequence
 from typing import Any
@@ -15,6 +16,7 @@ from jax import Array
 from fvp.layers.capture import Capture
 from fvp.layers.products import einsum
 from fvp.layers.uses import Use
+from fvp.layers.views import View
 
 
 def groups_of(capture: Capture) -> list[tuple[int, ...]]:
@@ -32,22 +34,33 @@ def groups_of(capture: Capture) -> list[tuple[int, ...]]:
 
 def disjoint(uses: Sequence[Use], shape: tuple[int, ...]) -> bool:
     """Whether no entry of a parameter of ``shape`` is read by two of ``uses``."""
-    if any(use.view.mixes for use in uses):
-        return False
-    if sum(math.prod(use.layout.shape) for use in uses) > math.prod(shape):
+    if any(use.view.functions for use in uses):
         return False
     seen = np.zeros(math.prod(shape), bool)
     for use in uses:
-        entries = labels(use, shape).ravel()
+        entries = use.layout.entries(shape).ravel()
+        entries = entries[entries >= 0]
         if seen[entries].any():
             return False
         seen[entries] = True
     return True
 
 
-def labels(use: Use, shape: tuple[int, ...]) -> np.ndarray:
-    """Which entry of the leaf each entry of the weight (groups, inputs, outputs) is."""
-    return use.layout.weight(np.arange(math.prod(shape)).reshape(shape))
+def standing_for(uses: Sequence[Use], shape: tuple[int, ...]) -> Use | None:
+    """One use for several shifts and scales of a leaf of ``shape``, whose gradients are added up.
+
+    In their own layout where they share one, else in that of the flat leaf. None for uses of other
+    kinds, and for a single one that needs no other.
+    """
+    first = uses[0]
+    if any(use.kind not in ("shift", "scale") for use in uses):
+        return None
+    exotic = any(use.view.functions or use.view.weighted for use in uses)
+    if not exotic and all(use.layout == first.layout for use in uses):
+        return None if len(uses) == 1 else dataclasses.replace(first, joined=None)
+    flat = (math.prod(shape),)
+    view = View.of(first.view.leaf, shape).then(("reshape", shape, flat), flat)
+    return Use("shift", view, first.primitive, first.places, flat, parts=((), (), (0,)))
 
 
 def one_hot_inputs(use: Use, x: Any, like: Array) -> Array:
@@ -74,3 +87,15 @@ class Rows:
             x = one_hot_inputs(use, x, delta).astype(delta.dtype)
             total += use.layout.leaf(einsum("ergi,kergo->kegio", x, delta))
         return total
+
+    def merged(self, shape: tuple[int, ...]) -> Rows:
+        """The same as one use, where :func:`standing_for` has one for a leaf of ``shape``."""
+        use = standing_for(self.uses, shape)
+        if use is None:
+            return self
+        if use.layout == self.uses[0].layout:
+            outputs = functools.reduce(jnp.add, self.outputs)
+        else:
+            gradients = self.gradients()
+            outputs = gradients.reshape(*gradients.shape[:2], 1, 1, -1)
+        return Rows((use,), (None,), (outputs,))

@@ -9,25 +9,29 @@ from __future__ import annotations
 
 import collections
 import dataclasses
+import itertools
 from collections.abc import Sequence
 from typing import Any
 
 import jax.numpy as jnp
-from jax.core import Tracer
 from jax.extend.core import Literal
 
-from fvp.jaxprs import bind
+from fvp.compatibility import JIT, bind
 from fvp.layers import control_flow
 from fvp.layers.derivative_rules import CUSTOM_RULES, rule_is_of_body
-from fvp.layers.place_rules import AnyPlace, Place
+from fvp.layers.derived import derived
+from fvp.layers.place_rules import ELEMENTWISE, AnyPlace, Place
 from fvp.layers.places import inner_jaxpr, propagate
-from fvp.layers.uses import Use, classify
-from fvp.layers.values import Value
-from fvp.layers.views import View, structural
+from fvp.layers.structure import structural
+from fvp.layers.uses import Use, classify, shift
+from fvp.layers.values import Node, Record, Value
+from fvp.layers.views import View
 
 _MOVES = frozenset(
     ("reshape", "squeeze", "expand_dims", "transpose", "convert_element_type", "copy", "name")
 )
+# Where each axis of every operand that is an array is that axis of the output.
+_ALIGNED = ELEMENTWISE | {"concatenate", "dynamic_update_slice"}
 
 
 class Interpreter:
@@ -37,15 +41,15 @@ class Interpreter:
       counts: the number of examples along each batch axis.
       taps: the arrays to add to the outputs of the uses, in the order of :attr:`records`; None to
         add nothing.
-      nested: inside the body of a scan or conditional, whose values do not outlive it.
+      level: how many scans and conditionals this is inside of: values do not outlive them.
     """
 
     def __init__(
-        self, counts: Sequence[int], taps: Sequence[Any] | None = None, nested: bool = False
+        self, counts: Sequence[int], taps: Sequence[Any] | None = None, level: int = 0
     ) -> None:
         self.counts = tuple(counts)
-        self._nested = nested
-        self.records: list[tuple[Use, Any]] = []
+        self.level = level
+        self.records: list[Record] = []
         self._taps = None if taps is None else iter(taps)
 
     def run(self, jaxpr: Any, consts: Sequence[Any], inputs: Sequence[Value]) -> list[Value]:
@@ -76,75 +80,119 @@ class Interpreter:
         return [read(atom) for atom in jaxpr.outvars]
 
     def _equation(self, eqn: Any, inputs: list[Value]) -> list[Value]:
-        name = eqn.primitive.name
-        viewed = any(value.view is not None for value in inputs)
-        inner = inner_jaxpr(eqn)
-        if (
-            inner is not None
-            and (viewed or name in ("jit", "pjit"))
-            and (name not in CUSTOM_RULES or rule_is_of_body(eqn, inner))
-        ):
+        name, inner = eqn.primitive.name, inner_jaxpr(eqn)
+        viewed = any(value.views for value in inputs)
+        free = all(value.free for value in inputs)
+        own_rule = name in CUSTOM_RULES and viewed and (free or not rule_is_of_body(eqn, inner))
+        if inner is not None and (viewed or name in JIT) and not own_rule:
             return self.run(inner.jaxpr, inner.consts, inputs)
+        if free:
+            return self._free(eqn, inputs)
         if name == "scan":
             return control_flow.scan(self, eqn, inputs)
-        if name == "cond" and viewed and inputs[0].view is None:
+        if name == "cond" and viewed and not inputs[0].views:
             return control_flow.cond(self, eqn, inputs)
         places = self.places_after(eqn, inputs)
-        trained = any(value.trained for value in inputs)
-        if viewed and (views := self._structural(eqn, inputs)) is not None:
-            values = self._bind(eqn, inputs, places, trained)
-            for value, view in zip(values, views, strict=True):
-                value.view = view
-            return values
-        used = self._use(eqn, inputs, places[0]) if viewed else None
-        values = self._bind(eqn, inputs, places, trained)
-        if used is not None:
-            self._record(used[0], used[1], values[0])
-        elif name in _MOVES and inputs[0].source is not None:
-            values[0].source = _moved(eqn, inputs[0].source)
-        return values
+        if not viewed:
+            return self._moved(eqn, inputs, places)
+        uses, inputs = self._uses(eqn, inputs, places[0])
+        outputs = self._bind(eqn, inputs, places)
+        for use, operand in uses:
+            self._record(use, operand, outputs[0])
+        if len(uses) == 1 and uses[0][0].kind not in ("shift", "scale"):
+            (use, _) = uses[0]
+            features = tuple(Place(d) for d in use.features if use.shape[d] > 1)
+            outputs[0].source = use, features
+        return outputs
 
-    def _structural(self, eqn: Any, inputs: list[Value]) -> list[View] | None:
-        positions = [i for i, value in enumerate(inputs) if value.view is not None]
-        view = inputs[positions[0]].view
-        if len(positions) > 1 or view is None:
-            return None
-        usable = lambda v: v.constant and not (self._nested and isinstance(v.x, Tracer))
-        others = [v.x if usable(v) else None for v in inputs if v.view is None]
-        return structural(eqn, positions[0], view, others)
+    def _moved(self, eqn: Any, inputs: list[Value], places: Any) -> list[Value]:
+        outputs = self._bind(eqn, inputs, places)
+        if eqn.primitive.name in _MOVES and inputs[0].source is not None:
+            outputs[0].source = _moved(eqn, inputs[0].source)
+        return outputs
 
-    def _use(self, eqn: Any, inputs: list[Value], places: Any) -> tuple[Use, Any] | None:
-        """The one use that ``eqn`` is, and its input; several views at once are out of sight."""
-        positions = [i for i, value in enumerate(inputs) if value.view is not None]
-        if len(positions) == 1:
-            (position,) = positions
-            view = inputs[position].view
-            assert view is not None
-            use = classify(eqn, position, view, places)
-            if use.kind != "other":
-                operand = inputs[1 - position]
-                if use.kind == "shift":
-                    if jnp.shape(operand.x) == use.shape:
-                        use.joined = _shifted(use, operand.source)
-                    return use, ()
-                x = jnp.asarray(operand.x)
-                return use, use.read_input(x) if use.kind == "scale" else x
+    def _free(self, eqn: Any, inputs: list[Value]) -> list[Value]:
+        """An equation that the batch has no part in: its outputs are views."""
+        outputs = self._bind(eqn, inputs, [(None,) * len(self.counts)] * len(eqn.outvars))
+        views = self._structural(eqn, inputs)
+        serial = next(_serials)
+        for i, output in enumerate(outputs):
+            output.node = Node(eqn, inputs, i, serial)
+            output.level = self.level
+            differentiable = jnp.issubdtype(output.x.dtype, jnp.inexact)
+            differentiable &= eqn.primitive.name != "stop_gradient"
+            if not differentiable or not any(value.views for value in inputs):
+                continue
+            known = derived(output) if views is None else views[i]
+            if known is None:
+                for value in inputs:
+                    self.lose(value, eqn.primitive.name)
+            output.views = known or ()
+        return outputs
+
+    def _structural(self, eqn: Any, inputs: list[Value]) -> list[tuple[View, ...]] | None:
+        """For each output its views, where the equation does no more than rearrange."""
+        collected: list[tuple[View, ...]] = [()] * len(eqn.outvars)
+        for position, value in enumerate(inputs):
+            rest = [v for i, v in enumerate(inputs) if i != position]
+            others = [v.x if v.constant else None for v in rest]
+            for view in value.views:
+                views = structural(eqn, position, view, others)
+                if views is None or len(views) != len(collected):
+                    return None
+                collected = [(*old, new) for old, new in zip(collected, views, strict=True)]
+        return collected
+
+    def _uses(self, eqn: Any, inputs: list[Value], places: Any) -> tuple[list[Any], list[Value]]:
+        """The uses that ``eqn`` makes of its operands with their inputs, and what it then reads."""
+        name, inputs = eqn.primitive.name, list(inputs)
+        positions = [i for i, value in enumerate(inputs) if value.views]
+        uses: list[Any] = []
         for position in positions:
-            self.lose(inputs[position], eqn.primitive.name)
-        return None
+            found = []
+            if len(positions) == 1:
+                views = inputs[position].views
+                found = [classify(eqn, position, view, places) for view in views]
+            if not jnp.issubdtype(eqn.outvars[0].aval.dtype, jnp.inexact):
+                continue  # a comparison: its derivative is zero
+            if jnp.issubdtype(inputs[position].x.dtype, jnp.complexfloating):
+                self.lose(inputs[position], name)
+            elif found and all(use.kind != "other" for use in found):
+                operand = inputs[1 - position]
+                uses += [(use, _input_of(use, operand)) for use in found]
+            elif name in _ALIGNED:
+                shape = eqn.outvars[0].aval.shape if name in ELEMENTWISE else None
+                inputs[position] = self.materialize(inputs[position], name, places, shape)
+            else:
+                self.lose(inputs[position], name)
+        return uses, inputs
+
+    def materialize(
+        self, value: Value, primitive: str, places: tuple[AnyPlace, ...], shape: Any = None
+    ) -> Value:
+        """The value with a tap of its own at ``places``: its gradient is the tap's cotangent.
+
+        It is repeated to ``shape`` first, as elementwise primitives do.
+        """
+        x, old = jnp.asarray(value.x), jnp.shape(value.x)
+        if shape is not None:
+            x = jnp.broadcast_to(x, shape)
+        result = Value(x, places, level=self.level)
+        for view in value.views:
+            self._record(shift(view.spread(old, x.shape), primitive, places, x), (), result)
+        return result
 
     def _record(self, use: Use, operand: Any, output: Value) -> None:
-        self.records.append((use, operand))
+        self.records.append(Record(use, operand))
         if self._taps is not None:
-            output.x = output.x + next(self._taps)
-        features = tuple(Place(d) for d in use.features if use.shape[d] > 1)
-        output.source = None if use.kind in ("shift", "scale") else (use, features)
+            tap = next(self._taps)
+            output.x = output.x if use.kind == "other" else output.x + tap
 
     def lose(self, value: Value, primitive: str) -> None:
         """Notes that a parameter went where no rule follows."""
-        if value.view is not None:
-            use = Use("other", value.view, primitive, value.places, ())
-            self.records.append((use, ()))
+        for view in value.views:
+            use = Use("other", view, primitive, value.places, ())
+            self.records.append(Record(use, ()))
             if self._taps is not None:
                 next(self._taps)
 
@@ -155,14 +203,27 @@ class Interpreter:
         ]
         return list(zip(*columns, strict=True)) if columns else [()] * len(eqn.outvars)
 
-    def _bind(self, eqn: Any, inputs: list[Value], places: Any, trained: bool) -> list[Value]:
+    def _bind(self, eqn: Any, inputs: list[Value], places: Any) -> list[Value]:
         out = bind(eqn, [value.x for value in inputs])
-        return [Value(x, p, trained=trained) for x, p in zip(out, places, strict=True)]
+        return [Value(x, p, level=self.level) for x, p in zip(out, places, strict=True)]
 
     def take_taps(self, records: Sequence[Any]) -> Any:
         if self._taps is None:
             return None
         return [next(self._taps) for _ in records]
+
+
+_serials = itertools.count()
+
+
+def _input_of(use: Use, operand: Value) -> Any:
+    """What is recorded of the other operand of a use; a shift keeps the use that it belongs to."""
+    if use.kind == "shift":
+        if jnp.shape(operand.x) == use.shape:
+            use.joined = _shifted(use, operand.source)
+        return ()
+    x = jnp.asarray(operand.x)
+    return use.read_input(x) if use.kind == "scale" else x
 
 
 def _moved(eqn: Any, source: tuple[Use, tuple[Place, ...]]) -> Any:

@@ -18,6 +18,7 @@ from jax.typing import ArrayLike
 from fvp.checks import check_inexact_tree, check_like, check_positive_int
 from fvp.compilation import compiled_when_eager
 from fvp.heads import Head
+from fvp.layers.columns import check_not_negative
 from fvp.layers.diagonal import squared_rows
 from fvp.layers.factors import (
     WEIGHT_SHARING,
@@ -26,9 +27,9 @@ from fvp.layers.factors import (
     with_corrected_eigenvalues,
 )
 from fvp.layers.kronecker import DAMPING_RULES, add_weight, weight_of
+from fvp.layers.layouts import Layout
 from fvp.layers.report import Coverage, check_fallback, coverage_of
 from fvp.layers.rows import layer_rows
-from fvp.layers.views import Layout
 from fvp.mesh import auto_sharded, share_out
 from fvp.numerics import cast_like, widen
 
@@ -80,6 +81,8 @@ class KFAC:
         """
         if rule not in DAMPING_RULES:
             raise ValueError(f"rule: expected one of {DAMPING_RULES}, got {rule!r}.")
+        if isinstance(damping, (int, float)) and not 0 <= damping < math.inf:
+            raise ValueError(f"damping: expected 0 or more, got {damping}.")
         return _invert(self, jnp.asarray(damping), rule, mesh)
 
     def trace(self) -> Array:
@@ -255,6 +258,7 @@ def kfac(
     """
     check_positive_int(num_samples, "num_samples")
     check_fallback(fallback)
+    check_not_negative(weights)
     if weight_sharing not in WEIGHT_SHARING:
         expected = " or ".join(map(repr, WEIGHT_SHARING))
         raise ValueError(f"weight_sharing: expected {expected}, got {weight_sharing!r}.")

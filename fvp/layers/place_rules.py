@@ -8,16 +8,20 @@ from typing import Any, NamedTuple
 
 
 class Place(NamedTuple):
-    """Entry i of axis ``dim`` belongs to example (i // inner) % count."""
+    """Entry i of axis ``dim`` belongs to example (i // inner) % count.
+
+    Inside of scans a negative ``dim`` is a scan whose steps are the entries: -1 is the innermost.
+    """
 
     dim: int
     inner: int = 1
 
 
 class Mixed(NamedTuple):
-    """Examples met at this primitive."""
+    """Examples met at this primitive, or, where it is not ``ruled``, nothing is known of it."""
 
     primitive: str
+    ruled: bool = True
 
 
 AnyPlace = Place | Mixed | None
@@ -43,24 +47,36 @@ def reshaped(place: Place, old: Sequence[int], new: Sequence[int], count: int) -
     return None if count > 1 or not len(new) else Place(0)
 
 
+def reshape_order(eqn: Any) -> Sequence[int] | None:
+    """The order that ``lax.reshape`` reads the axes of its operand in, where it is not theirs."""
+    return eqn.params["dimensions"] if eqn.primitive.name == "reshape" else None
+
+
 def _names(text: str) -> frozenset[str]:
     return frozenset(text.split())
 
 
 ELEMENTWISE = _names(
     """abs acos acosh add add_any and asin asinh atan atan2 atanh bessel_i0e bessel_i1e
-    bitcast_convert_type cbrt ceil clamp conj convert_element_type copy copy_p cos cosh digamma div
-    eq erf erf_inv erfc exp exp2 expm1 floor ge gt igamma igammac imag integer_pow is_finite le
-    lgamma log log1p logistic lt max min mul name ne neg nextafter not optimization_barrier or
-    population_count pow pvary real reduce_precision rem round rsqrt select_n sharding_constraint
-    shift_left shift_right_arithmetic shift_right_logical sign sin sinh sqrt square stop_gradient
-    sub tan tanh xor"""
+    bitcast_convert_type cbrt ceil clamp clz complex conj convert_element_type copy copy_p cos
+    cosh device_put digamma div eq eq_to erf erf_inv erfc exp exp2 expm1 floor ge gt igamma
+    igamma_grad_a igammac imag integer_pow is_finite layout_constraint le le_to lgamma log
+    log1p log2 logistic lt lt_to max min mul mulhi name ne neg nextafter not one_minus_square
+    optimization_barrier or pcast polygamma polynomial population_count pow pvary real
+    reduce_precision regularized_incomplete_beta rem reshard round rsqrt select_n
+    sharding_constraint shift_left shift_right_arithmetic shift_right_logical sign sin sinh
+    sqrt square stop_gradient sub tan tanh threefry2x32 threefry4x32 xor zeta"""
 )
 _REDUCTIONS = _names(
-    """reduce_sum reduce_max reduce_min reduce_prod reduce_and reduce_or argmax argmin"""
+    """reduce_sum reduce_max reduce_min reduce_prod reduce_and reduce_or reduce_xor argmax argmin"""
 )
 _CUMULATIVE = _names("cumsum cumprod cummax cummin cumlogsumexp")
-_KEYS = _names("random_bits random_split random_wrap random_unwrap random_fold_in")
+_KEYS = _names(
+    "random_bits random_clone random_fold_in random_gamma random_seed random_split random_unwrap"
+    " random_wrap"
+)
+_MATRICES = _names("cholesky eig eigh householder_product lu qr schur svd tridiagonal")
+_SCATTERS = _names("scatter scatter-add scatter_add scatter_mul scatter_min scatter_max")
 _WINDOWS = _names(
     """reduce_window reduce_window_sum reduce_window_max reduce_window_min reduce_window_prod"""
 )
@@ -79,6 +95,9 @@ def _broadcast(eqn: Any, places: Any, count: int) -> AnyPlace:
 
 def _reshape(eqn: Any, places: Any, count: int) -> AnyPlace:
     place, shape = _operand(eqn, places)
+    if place is not None and (order := reshape_order(eqn)) is not None:
+        place = Place(tuple(order).index(place.dim), place.inner)
+        shape = [shape[d] for d in order]
     return place and reshaped(place, shape, eqn.outvars[0].aval.shape, count)
 
 
@@ -93,6 +112,24 @@ def _reduce(eqn: Any, places: Any, count: int) -> AnyPlace:
     if place is None or place.dim in axes:
         return None
     return Place(place.dim - sum(axis < place.dim for axis in axes), place.inner)
+
+
+def _stack(eqn: Any, places: Any, count: int) -> AnyPlace:
+    """Operands of one shape along a new axis."""
+    joined: AnyPlace = None
+    for place in places:
+        joined = join(joined, place, "stack")
+    if not isinstance(joined, Place):
+        return joined
+    return Place(joined.dim + (eqn.params["axis"] <= joined.dim), joined.inner)
+
+
+def _unstack(eqn: Any, places: Any, count: int) -> AnyPlace:
+    place, _ = _operand(eqn, places)
+    axis = eqn.params["axis"]
+    if place is None or place.dim == axis:
+        return None
+    return Place(place.dim - (axis < place.dim), place.inner)
 
 
 def _along(parameter: str) -> Any:
@@ -202,6 +239,61 @@ def _top_k(eqn: Any, places: Any, count: int) -> AnyPlace:
     return None if place is None or place.dim == axis else place
 
 
+def _scatter(eqn: Any, places: Any, count: int) -> AnyPlace:
+    """Updates of whole axes, and of each entry of a batching axis by its own."""
+    numbers, (operand, _, updates) = eqn.params["dimension_numbers"], eqn.invars
+    inserted, batching = numbers.inserted_window_dims, numbers.operand_batching_dims
+    window = [d for d in range(operand.aval.ndim) if d not in (*inserted, *batching)]
+    in_updates = dict(zip(window, numbers.update_window_dims, strict=True))
+    rest = [d for d in range(updates.aval.ndim) if d not in numbers.update_window_dims]
+    for dim, size in enumerate(operand.aval.shape):
+        if dim in batching:
+            index = numbers.scatter_indices_batching_dims[batching.index(dim)]
+            expected = (dim, index, rest[index])
+        elif dim in in_updates and updates.aval.shape[in_updates[dim]] == size:
+            expected = (dim, None, in_updates[dim])
+        else:
+            continue
+        found = {place for place in places if place is not None}
+        fits = all(p is None or p.dim == d for p, d in zip(places, expected, strict=True))
+        if fits and len({place.inner for place in found}) == 1:
+            return Place(dim, found.pop().inner)
+    return None
+
+
+def _leading(trailing: Any) -> Any:
+    """A primitive of the last axes of its operands, ``trailing(eqn)`` of them, mapped over others.
+
+    What it returns has the same leading axes.
+    """
+
+    def rule(eqn: Any, places: Any, count: int) -> AnyPlace:
+        joined: AnyPlace = None
+        for place, var in zip(places, eqn.invars, strict=True):
+            if place is not None and place.dim >= var.aval.ndim - trailing(eqn):
+                return None
+            joined = join(joined, place, eqn.primitive.name)
+        return joined if isinstance(joined, Place) else None
+
+    return rule
+
+
+def _triangular_solve(eqn: Any, places: Any, count: int) -> AnyPlace:
+    """Right-hand sides of one matrix are independent of each other."""
+    matrix, rhs = places
+    free = eqn.invars[1].aval.ndim - (1 if eqn.params["left_side"] else 2)
+    if matrix is None and rhs is not None and rhs.dim == free:
+        return rhs
+    return _leading(lambda eqn: 2)(eqn, places, count)
+
+
+def _tile(eqn: Any, places: Any, count: int) -> AnyPlace:
+    place, shape = _operand(eqn, places)
+    if place is None or (eqn.params["reps"][place.dim] > 1 and shape[place.dim] % count):
+        return None
+    return place
+
+
 def _keys(eqn: Any, places: Any, count: int) -> AnyPlace:
     """Random keys: what is drawn from each key stays at its place, with further axes behind."""
     joined: AnyPlace = None
@@ -216,6 +308,8 @@ RULES: dict[str, Any] = {
     "squeeze": _reshape,
     "expand_dims": _reshape,
     "transpose": _transpose,
+    "stack": _stack,
+    "unstack": _unstack,
     "sort": _along("dimension"),
     "concatenate": _along("dimension"),
     "split": _along("axis"),
@@ -228,7 +322,13 @@ RULES: dict[str, Any] = {
     "conv_general_dilated": _convolution,
     "gather": _gather,
     "top_k": _top_k,
+    "tile": _tile,
+    "fft": _leading(lambda eqn: len(eqn.params["fft_lengths"])),
+    "lu_pivots_to_permutation": _leading(lambda eqn: 1),
 }
+RULES |= dict.fromkeys(_MATRICES, _leading(lambda eqn: 2))
+RULES["triangular_solve"] = _triangular_solve
+RULES |= dict.fromkeys(_SCATTERS, _scatter)
 RULES |= dict.fromkeys(_REDUCTIONS, _reduce)
 RULES |= dict.fromkeys(_CUMULATIVE, _along("axis"))
 RULES |= dict.fromkeys(_WINDOWS, _window)

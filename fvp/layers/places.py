@@ -2,7 +2,7 @@
 
 A value that does not depend on the batch has the place None. A :class:`Place` promises that each
 entry depends on one example only, and says on which. :class:`Mixed` promises nothing and names the
-primitive where examples met. A primitive without a rule mixes.
+primitive where examples met, or that no rule follows.
 """
 
 from __future__ import annotations
@@ -12,16 +12,17 @@ from typing import Any
 
 from jax.extend.core import ClosedJaxpr, Literal
 
+from fvp.compatibility import JIT, scan_counts
 from fvp.layers.place_rules import ELEMENTWISE, RULES, AnyPlace, Mixed, Place, join
 
 CALLS = frozenset(
     (
-        "jit",
-        "pjit",
+        *JIT,
         "closed_call",
         "core_call",
         "remat2",
         "checkpoint",
+        "composite",
         "custom_jvp_call",
         "custom_vjp_call",
     )
@@ -38,14 +39,15 @@ def propagate(eqn: Any, places: Sequence[AnyPlace], count: int) -> list[AnyPlace
     for place in places:
         if isinstance(place, Mixed):
             return [place] * outputs
-    if name in ELEMENTWISE:
+    # Inside a step that is one example's own nothing can mix.
+    if name in ELEMENTWISE or any(place.dim < 0 for place in places if place is not None):
         joined: AnyPlace = None
         for place in places:
             joined = join(joined, place, name)
         return [joined] * outputs
     rule = RULES.get(name)
     out = rule(eqn, places, count) if rule else None
-    return [Mixed(name) if out is None else out] * outputs
+    return [Mixed(name, name in RULES) if out is None else out] * outputs
 
 
 def jaxpr_places(jaxpr: Any, places: Sequence[AnyPlace], count: int) -> list[AnyPlace]:
@@ -68,12 +70,15 @@ def inner_jaxpr(eqn: Any) -> Any:
 
 def scan_carry(eqn: Any, places: Sequence[AnyPlace], count: int) -> list[AnyPlace]:
     """The places of the inputs of a scan's body: those of its carry are a fixed point."""
-    consts, carried = eqn.params["num_consts"], eqn.params["num_carry"]
-    fixed, carry = list(places[:consts]), list(places[consts : consts + carried])
+    consts, carried = scan_counts(eqn)
+    entered = [_deeper(place) for place in places[: consts + carried]]
+    fixed, carry = entered[:consts], entered[consts:]
     rows = [_inside(place) for place in places[consts + carried :]]
     while True:
         body = eqn.params["jaxpr"].jaxpr
         out = jaxpr_places(body, [*fixed, *carry, *rows], count)[:carried]
+        # What is carried on from an example's own step meets the next one.
+        out = [Mixed("scan") if isinstance(p, Place) and p.dim == -1 else p for p in out]
         new = [join(a, b, "scan") for a, b in zip(carry, out, strict=True)]
         if new == carry:
             return [*fixed, *carry, *rows]
@@ -81,14 +86,23 @@ def scan_carry(eqn: Any, places: Sequence[AnyPlace], count: int) -> list[AnyPlac
 
 
 def _inside(place: AnyPlace) -> AnyPlace:
-    if not isinstance(place, Place):
-        return place
-    return Mixed("scan") if place.dim == 0 else Place(place.dim - 1, place.inner)
+    """The place of one slice of what a scan runs over."""
+    return Place(place.dim - 1, place.inner) if isinstance(place, Place) else place
 
 
 def outside(place: AnyPlace) -> AnyPlace:
     """The place of a scan's stacked output from that of one of its slices."""
     return Place(place.dim + 1, place.inner) if isinstance(place, Place) else place
+
+
+def _deeper(place: AnyPlace) -> AnyPlace:
+    """The place inside a scan of what all its steps see."""
+    return _inside(place) if isinstance(place, Place) and place.dim < 0 else place
+
+
+def leave_carry(place: AnyPlace) -> AnyPlace:
+    """The place outside of a scan of what it carried."""
+    return outside(place) if isinstance(place, Place) and place.dim < 0 else place
 
 
 def _nested(eqn: Any, places: Sequence[AnyPlace], count: int) -> list[AnyPlace] | None:
@@ -99,9 +113,14 @@ def _nested(eqn: Any, places: Sequence[AnyPlace], count: int) -> list[AnyPlace] 
     if name == "scan":
         inputs = scan_carry(eqn, places, count)
         out = jaxpr_places(eqn.params["jaxpr"].jaxpr, inputs, count)
-        carried = eqn.params["num_carry"]
-        consts = eqn.params["num_consts"]
-        return [*inputs[consts : consts + carried], *map(outside, out[carried:])]
+        consts, carried = scan_counts(eqn)
+        last = map(leave_carry, inputs[consts : consts + carried])
+        return [*last, *map(outside, out[carried:])]
+    if name == "custom_linear_solve":
+        lengths, solve = eqn.params["const_lengths"], eqn.params["jaxprs"].solve
+        start = lengths.matvec + lengths.vecmat
+        constants = places[start : start + lengths.solve]
+        return jaxpr_places(solve.jaxpr, [*constants, *places[sum(lengths) :]], count)
     if name == "cond" and places[0] is None:
         runs = [jaxpr_places(b.jaxpr, places[1:], count) for b in eqn.params["branches"]]
         joined = runs[0]

@@ -45,12 +45,12 @@ def coverage_of(layers: Capture, unserved: Mapping[int, str] | None = None) -> C
         lost = [use for use in layers.lost if use.view.leaf == leaf]
         uses = [use for use in layers.uses if use.view.leaf == leaf]
         if lost or leaf in unserved:
-            treatment = f"row by row: {unserved.get(leaf) or lost[0].primitive}"
+            words = f"row by row: {unserved.get(leaf) or lost[0].primitive}"
         elif layers.mixed is not None and uses:
-            treatment = f"row by row: {layers.mixed} mixes examples"
+            words = f"row by row: {layers.mixed.primitive}"
         else:
-            treatment = " + ".join(_counted(layers, uses)) or "unused"
-        rows.append((path, shape.shape, treatment))
+            words = " + ".join(_counted(layers, uses)) or "unused"
+        rows.append((path, shape.shape, words))
     return Coverage(tuple(rows))
 
 
@@ -58,9 +58,21 @@ def _counted(layers: Capture, uses: list[Use]) -> list[str]:
     names = []
     for use in uses:
         owner = "" if use.joined is None else f" of {layers.paths[use.joined.view.leaf]}"
-        names.append(use.kind + owner)
+        names.append(treatment(use) + owner)
     unique = dict.fromkeys(names)
     return [name if names.count(name) == 1 else f"{names.count(name)} {name}" for name in unique]
+
+
+def treatment(use: Use) -> str:
+    """The kind of a use, and the primitives that the parameter goes through on its way there."""
+    names = [name for function in use.view.functions for name in function.names]
+    names += ["mul"] * use.view.weighted
+    through = ", ".join(dict.fromkeys(names))
+    groups = use.layout.shape[0]
+    kind = use.kind
+    if kind in ("shift", "scale") and groups > 1 and use.joined is None:
+        kind += f" in {groups} blocks"
+    return f"{kind} through {through}" if through else kind
 
 
 def check_fallback(fallback: str | None) -> None:
@@ -74,11 +86,17 @@ def check_covered(layers: Capture, fallback: str | None) -> None:
     if fallback is not None:
         return
     hint = 'pass fallback="per_example" to differentiate row by row instead'
-    if layers.mixed is not None:
+    if (mixed := layers.mixed) is not None and mixed.ruled:
         raise ValueError(
-            f"model_fn: expected a model that treats the examples of the batch independently, but"
-            f" {layers.mixed!r} mixes them along the first axis, so that no parameter has a"
-            f" gradient for each example ({', '.join(layers.paths)}); {hint}."
+            "model_fn: expected a model that treats the examples of the batch independently, but"
+            f" {mixed.primitive!r} mixes them along the first axis (as BatchNorm in training does:"
+            " give it its running averages, use_running_average=True, or model.eval()), so that no"
+            f" parameter has a gradient for each example ({', '.join(layers.paths)}); or {hint}."
+        )
+    if mixed is not None:
+        raise ValueError(
+            f"model_fn: the examples cannot be followed through {mixed.primitive!r}, for which"
+            f" there is no rule ({', '.join(layers.paths)}); {hint}."
         )
     for use in layers.lost:
         raise ValueError(

@@ -14,19 +14,19 @@ from fvp.layers.products import einsum
 from fvp.layers.rows import CHUNK, scan_examples
 
 
-def squared(rows: Rows) -> Array:
-    """The sum over columns and examples of the squared gradient with respect to the leaf."""
+def squared(rows: Rows, shape: tuple[int, ...]) -> Array:
+    """The sum over columns and examples of the squared gradient in the leaf, of ``shape``."""
+    rows = rows.merged(shape)
     use, x, delta = rows.uses[0], rows.inputs[0], rows.outputs[0]
-    if len(rows.uses) > 1 or use.view.mixes:
+    if len(rows.uses) > 1 or use.view.functions or (delta.shape[2] > 1 and use.kind != "lookup"):
         return squared_gradients(rows)
     if use.kind == "lookup":
-        return use.layout.leaf(squared_lookup(use.layout.shape[1], x, delta))
-    if x is None:  # the gradient itself
-        return use.layout.leaf(jnp.sum(delta**2, axis=(0, 1, 2))[:, None, :])
-    if delta.shape[2] > 1:
-        return squared_gradients(rows)
-    power = jnp.sum(delta**2, axis=0)
-    return use.layout.leaf(einsum("ergi,ergo->gio", x**2, power))
+        squares = squared_lookup(use.layout.shape[1], x, delta)
+    elif x is None:  # the gradient itself
+        squares = jnp.sum(delta**2, axis=(0, 1, 2))[:, None, :]
+    else:
+        squares = einsum("ergi,ergo->gio", x**2, jnp.sum(delta**2, axis=0))
+    return use.layout.leaf(squares, squared=True)
 
 
 def squared_lookup(size: int, x: Array, delta: Array) -> Array:
@@ -35,8 +35,10 @@ def squared_lookup(size: int, x: Array, delta: Array) -> Array:
     Rows of one example that look up the same entry are added up before they are squared.
     """
     if delta.shape[2] > 1:
-        same = (x[:, :, None] == x[:, None]).astype(delta.dtype)  # (E, R, R, G)
-        delta = einsum("ersg,kesgo->kergo", same, delta) / jnp.sqrt(same.sum(2))[None, ..., None]
+        read = (x < size)[:, :, None]  # what is out of range reads nothing
+        same = ((x[:, :, None] == x[:, None]) & read).astype(delta.dtype)  # (E, R, R, G)
+        times = jnp.sqrt(jnp.maximum(same.sum(2), 1))
+        delta = einsum("ersg,kesgo->kergo", same, delta) / times[None, ..., None]
     power = jnp.sum(delta**2, axis=0)
 
     def scatter(index: Array, power: Array) -> Array:

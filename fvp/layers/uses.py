@@ -15,10 +15,12 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import Array
 
+from fvp.layers.layouts import Layout
 from fvp.layers.place_rules import AnyPlace
-from fvp.layers.views import Layout, View
+from fvp.layers.views import View
 
 
 @dataclasses.dataclass(eq=False)
@@ -40,6 +42,7 @@ class Use:
       scans: the lengths of the enclosing scans, outermost first, and whether each scans over the
         parameter ("stacked") or shares it.
       joined: for a shift, the use whose output it shifts, where nothing else reads that.
+      kept: the groups, inputs and outputs that are this parameter's, where others are not.
     """
 
     kind: str
@@ -55,11 +58,17 @@ class Use:
     scans: tuple[tuple[str, int], ...] = ()
     joined: Use | None = None
     dtype: Any = None
+    kept: tuple[tuple[int, ...], ...] | None = None
 
     @property
     def layout(self) -> Layout:
         """How the parameter is the weight (groups, inputs, outputs) of this use."""
-        return Layout(dataclasses.replace(self.view, factor=None), self.parts)
+        return Layout(dataclasses.replace(self.view, factor=None), self.parts, self.kept)
+
+    @property
+    def embedded(self) -> bool:
+        """Whether the weight is more than this parameter."""
+        return any(op[0] == "embed" for op in self.view.ops)
 
 
 def classify(eqn: Any, position: int, view: View, places: Sequence[AnyPlace]) -> Use:
@@ -67,18 +76,26 @@ def classify(eqn: Any, position: int, view: View, places: Sequence[AnyPlace]) ->
     name = eqn.primitive.name
     out = eqn.outvars[0].aval
     use = Use("other", view, name, tuple(places), out.shape, dtype=out.dtype)
+    if name in ("add", "sub", "add_any", "mul"):
+        if name == "sub" and position == 1:
+            use.view = view.scaled(-1)
+        use.view = use.view.spread(eqn.invars[position].aval.shape, use.shape)
+        return _elementwise(use, "scale" if name == "mul" else "shift")
+    if view.factor is not None and jnp.ndim(view.factor):
+        use.view = view.absorbed()
     if name == "dot_general":
         return _dense(eqn, position, use)
     if name == "conv_general_dilated" and position == 1:
         return _convolution(eqn, use)
     if name == "gather" and position == 0:
         return _lookup(eqn, use)
-    if name in ("add", "sub", "add_any", "mul"):
-        if name == "sub" and position == 1:
-            use.view = view.scaled(-1)
-        use.view = use.view.spread(eqn.invars[position].aval.shape, use.shape)
-        return _elementwise(use, "scale" if name == "mul" else "shift")
     return use
+
+
+def shift(view: View, primitive: str, places: Sequence[AnyPlace], x: Array) -> Use:
+    """The use of a value that is ``x``, at ``places``, as data: an addition to it."""
+    use = Use("other", view, primitive, tuple(places), x.shape, dtype=x.dtype)
+    return _elementwise(use, "shift")
 
 
 def _sizes(shape: Sequence[int], dims: Sequence[int]) -> int:
@@ -175,28 +192,33 @@ def _convolution(eqn: Any, use: Use) -> Use:
 
 def _lookup(eqn: Any, use: Use) -> Use:
     numbers, view = eqn.params["dimension_numbers"], use.view
-    axis = numbers.start_index_map[0] if len(numbers.start_index_map) == 1 else None
-    shape = eqn.invars[0].aval.shape
-    whole = tuple(1 if d == axis else size for d, size in enumerate(shape))
+    axes, shape = numbers.start_index_map, eqn.invars[0].aval.shape
+    whole = tuple(1 if d in axes else size for d, size in enumerate(shape))
     if (
         not view.pure
-        or axis is None
-        or numbers.collapsed_slice_dims != (axis,)
+        or not axes
+        or sorted(numbers.collapsed_slice_dims) != sorted(axes)
         or numbers.operand_batching_dims
         or eqn.params["slice_sizes"] != whole
     ):
         return use
     clip = "CLIP" in str(eqn.params["mode"])
+    sizes = np.array([shape[axis] for axis in axes])
 
     def read_input(indices: Array) -> Array:
-        indices = indices[..., 0]
-        return jnp.clip(indices, 0, shape[axis] - 1)[..., None] if clip else indices[..., None]
+        """Row numbers; one past the last where an index is out of range and nothing is read."""
+        indices = indices.astype(jnp.promote_types(indices.dtype, jnp.int32))
+        if clip:
+            indices = jnp.clip(indices, 0, sizes - 1)
+        inside = jnp.all((indices >= 0) & (indices < sizes), axis=-1)
+        rows = sum(indices[..., i] * math.prod(sizes[i + 1 :]) for i in range(len(sizes)))
+        return jnp.where(inside, rows, math.prod(sizes))[..., None]
 
-    rest = [d for d in range(len(shape)) if d != axis]
+    rest = [d for d in range(len(shape)) if d not in axes]
     use.kind, use.read_input, use.features = "lookup", read_input, numbers.offset_dims
     use.rows = tuple(d for d in range(len(use.shape)) if d not in numbers.offset_dims)
     use.read_output = _ordered(use.rows, (), numbers.offset_dims, merge=2)
-    return _with_parts(use, (), (axis,), rest)
+    return _with_parts(use, (), axes, rest)
 
 
 def _elementwise(use: Use, kind: str) -> Use:

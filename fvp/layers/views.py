@@ -1,41 +1,64 @@
-"""A parameter on its way to a use: reshaped, transposed, cut, scaled and broadcast.
+"""A parameter on its way to a use: reshaped, cut, embedded, scaled, broadcast, or any function.
 
-All of these are linear, so the way back (for gradients) is the transposed way.
+A view is how a value that does not depend on the batch depends on one leaf. The way back, for
+gradients, is the transposed derivative, step by step.
 """
 
 from __future__ import annotations
 
 import dataclasses
-import math
+from collections.abc import Callable
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
-_SAME = (
-    "convert_element_type",
-    "copy",
-    "copy_p",
-    "name",
-    "pvary",
-    "sharding_constraint",
-    "reduce_precision",
-)
+Window = tuple[tuple[int, int | None, int], ...]  # start, stop and step on each axis
 
 
-_MAPS = (("dot_general", 0), ("dot_general", 1), ("gather", 0))
+@dataclasses.dataclass(frozen=True, eq=False)
+class Function:
+    """A step that is any differentiable function of the core; see `derived.py`.
+
+    Attributes:
+      function: of cores, of which one is that of this view.
+      points: the cores, with the stacked axes in front, that it is differentiated at.
+      index: number of the one that it is differentiated in.
+      names: the primitives that it consists of.
+    """
+
+    function: Callable[..., Any]
+    points: tuple[Any, ...]
+    index: int
+    names: tuple[str, ...]
+
+    def pull(self, cotangent: Any, lead: int, stacks: int) -> Any:
+        """Pulls back ``cotangent``, behind ``lead`` further axes and those of the stacks."""
+
+        def pull(points: Any, cotangents: Any) -> Any:
+            before, (point, *after) = points[: self.index], points[self.index :]
+            value, pullback = jax.vjp(lambda x: self.function(*before, x, *after), point)
+            one = lambda cotangent: pullback(cotangent.astype(value.dtype))[0]
+            for _ in range(lead):
+                one = jax.vmap(one)
+            return one(cotangents)
+
+        for _ in range(stacks):
+            pull = jax.vmap(pull, in_axes=(0, lead), out_axes=lead)
+        return pull(self.points, cotangent).astype(cotangent.dtype)
 
 
 @dataclasses.dataclass(frozen=True)
 class View:
-    """A linear image of parameter leaf number ``leaf``.
+    """The part of a value that is a function of parameter leaf number ``leaf``.
 
     Attributes:
       leaf: index in the flattened parameters.
-      ops: ("reshape", old, new), ("transpose", perm), ("slice", old, starts, limits, strides) and
-        ("unstack", length) steps, and ("map", function, old) for other linear maps, from the leaf
-        to the core.
       shape: shape of the core, the value before it was broadcast.
+      ops: the steps from the leaf to the core: ("reshape", old, new), ("transpose", permutation),
+        ("slice", old, window), ("embed", old, new, window) in zeros, ("times", array),
+        ("unstack", length) and ("function", Function).
       dims: for each axis of the value, the axis of the core that it is, or None where the core is
         repeated.
       stacks: how many leading axes of the leaf were consumed by scans.
@@ -55,9 +78,14 @@ class View:
         return cls(leaf, shape, dims=tuple(range(len(shape))))
 
     @property
-    def mixes(self) -> bool:
-        """Whether entries of the core are sums of entries of the leaf, or repeat them."""
-        return any(op[0] == "map" for op in self.ops)
+    def functions(self) -> tuple[Function, ...]:
+        """The steps that are functions: no entry of the core is an entry of the leaf then."""
+        return tuple(op[1] for op in self.ops if op[0] == "function")
+
+    @property
+    def weighted(self) -> bool:
+        """Whether entries of the leaf enter times numbers of their own."""
+        return any(op[0] == "times" for op in self.ops)
 
     @property
     def pure(self) -> bool:
@@ -68,7 +96,7 @@ class View:
         """One more step of the core."""
         factor = self.factor
         if factor is not None and jnp.ndim(factor):
-            factor = _forward(op, factor)
+            factor = forward(op, factor)
         dims = tuple(range(len(shape)))
         return dataclasses.replace(self, ops=(*self.ops, op), shape=shape, dims=dims, factor=factor)
 
@@ -81,6 +109,8 @@ class View:
         """The value repeated along its axes of length one, as elementwise primitives do."""
         if old == new:
             return self
+        if not old:
+            return dataclasses.replace(self, dims=(None,) * len(new))
         pairs = zip(self.dims, old, new, strict=True)
         dims = tuple(dim if before == after else None for dim, before, after in pairs)
         return dataclasses.replace(self, dims=dims)
@@ -90,189 +120,81 @@ class View:
         factor = factor if self.factor is None else self.factor * factor
         return dataclasses.replace(self, factor=factor)
 
+    def absorbed(self) -> View:
+        """The same with the factor as one of the steps."""
+        if self.factor is None:
+            return self
+        factor = jnp.broadcast_to(self.factor, self.shape)
+        ops = (*self.ops, ("times", factor))
+        return dataclasses.replace(self, ops=ops, factor=None)
+
     def push(self, leaf: Any) -> Any:
-        """The core, with the stacked axes in front, from a leaf; without the factor."""
+        """The core, with the stacked axes in front, out of a leaf; without what multiplies it."""
         stacks = 0
         for op in self.ops:
             if op[0] == "unstack":
                 stacks += 1
             else:
-                leaf = _forward(op, leaf, stacks)
+                leaf = forward(op, leaf, stacks)
         return leaf
 
-    def pull(self, core: Any) -> Any:
-        """The transpose of :meth:`push`; further axes in front are carried along."""
+    def pull(self, core: Any, *, squared: bool = False) -> Any:
+        """The transposed derivative of :meth:`push`; further axes in front are carried along.
+
+        With ``squared`` that of entries that are squares of gradients: none may meet on the way.
+        """
         lead = core.ndim - len(self.shape) - self.stacks
         stacks = self.stacks
         for op in reversed(self.ops):
             if op[0] == "unstack":
                 stacks -= 1
+            elif op[0] == "times":
+                core = core * (op[1] ** 2 if squared else op[1]).astype(core.dtype)
             else:
-                core = _backward(op, core, lead + stacks)
+                core = _backward(op, core, lead, stacks)
         return core
 
 
-def _forward(op: Any, x: Any, lead: int = 0) -> Any:
+def forward(op: Any, x: Any, lead: int = 0) -> Any:
+    """One step of the core, behind ``lead`` other axes; NumPy stays NumPy."""
     kind, front = op[0], x.shape[:lead]
-    if kind == "map":
-        return _over(op[1], lead)(x)
     if kind == "reshape":
         return x.reshape(front + op[2])
     if kind == "transpose":
         return x.transpose(*range(lead), *(lead + d for d in op[1]))
-    slices = tuple(slice(*bounds) for bounds in zip(*op[2:], strict=True))
-    return x[(slice(None),) * lead + slices]
+    if kind == "times":
+        return x
+    if kind == "slice":
+        return _cut(x, op[2], lead)
+    if kind == "embed":
+        return _embedded(x, op[2], op[3], lead)
+    raise TypeError(f"a core after {kind!r} is no linear image of the leaf")
 
 
-def _over(function: Any, lead: int) -> Any:
-    for _ in range(lead):
-        function = jax.vmap(function)
-    return function
-
-
-def _backward(op: Any, x: Any, lead: int) -> Any:
-    kind, front = op[0], x.shape[:lead]
-    if kind == "map":
-        old = jax.ShapeDtypeStruct(op[2].shape, op[2].dtype)
-        transposed = jax.linear_transpose(op[1], old)
-        narrow = lambda y: transposed(y.astype(jax.eval_shape(op[1], old).dtype))[0]
-        return _over(narrow, lead)(x).astype(x.dtype)
+def _backward(op: Any, x: Any, lead: int, stacks: int) -> Any:
+    kind, axes = op[0], lead + stacks
+    if kind == "function":
+        return op[1].pull(x, lead, stacks)
     if kind == "reshape":
-        return x.reshape(front + op[1])
+        return x.reshape(x.shape[:axes] + op[1])
     if kind == "transpose":
         inverse = sorted(range(len(op[1])), key=op[1].__getitem__)
-        return x.transpose(*range(lead), *(lead + d for d in inverse))
-    slices = tuple(slice(*bounds) for bounds in zip(*op[2:], strict=True))
-    return jnp.zeros(front + op[1], x.dtype).at[(slice(None),) * lead + slices].set(x)
+        return x.transpose(*range(axes), *(axes + d for d in inverse))
+    if kind == "embed":
+        return _cut(x, op[3], axes)
+    return _embedded(x, op[1], op[2], axes)
 
 
-def structural(eqn: Any, position: int, view: View, others: list[Any]) -> list[View] | None:
-    """The views that ``eqn`` makes of its operand number ``position``; None if it is a use.
-
-    ``others`` are the other operands where they are constants (neither parameter nor batch), and
-    None where they are not.
-    """
-    name, old = eqn.primitive.name, eqn.invars[position].aval.shape
-    new = eqn.outvars[0].aval.shape
-    if name in _SAME:
-        return [view]
-    if name in ("reshape", "squeeze", "expand_dims"):
-        if view.pure:
-            return [view.then(("reshape", old, new), new)]
-        return _relabelled(view, old, new)
-    if name == "transpose":
-        perm = eqn.params["permutation"]
-        if view.pure:
-            return [view.then(("transpose", perm), new)]
-        return [dataclasses.replace(view, dims=tuple(view.dims[d] for d in perm))]
-    if name == "broadcast_in_dim":
-        dims: list[int | None] = [None] * len(new)
-        for source, target in enumerate(eqn.params["broadcast_dimensions"]):
-            if old[source] == new[target]:
-                dims[target] = view.dims[source]
-        return [dataclasses.replace(view, dims=tuple(dims))]
-    if name == "slice" and view.pure:
-        p = eqn.params
-        strides = p["strides"] or (1,) * len(old)
-        op = ("slice", old, p["start_indices"], p["limit_indices"], strides)
-        return [view.then(op, new)]
-    if name == "split" and view.pure:
-        return _split(eqn, view, old)
-    return _mapped(eqn, position, view, others) or _arithmetic(eqn, position, view, others)
+def _cut(x: Any, window: Window, lead: int) -> Any:
+    """The entries of ``x`` in a window, behind ``lead`` axes."""
+    return x[(slice(None),) * lead + tuple(slice(*bounds) for bounds in window)]
 
 
-def _relabelled(view: View, old: Any, new: Any) -> list[View] | None:
-    """A reshape of a broadcast value: only axes of length one may come and go."""
-    kept = [(size, dim) for size, dim in zip(old, view.dims, strict=True) if size > 1]
-    if [size for size, _ in kept] != [size for size in new if size > 1]:
-        return None
-    labels = iter(kept)
-    dims = tuple(next(labels)[1] if size > 1 else None for size in new)
-    return [dataclasses.replace(view, dims=dims)]
-
-
-def _split(eqn: Any, view: View, old: tuple[int, ...]) -> list[View]:
-    axis, start, parts = eqn.params["axis"], 0, []
-    for size in map(int, eqn.params["sizes"]):
-        starts, limits = [0] * len(old), list(old)
-        starts[axis], limits[axis] = start, start + size
-        op = ("slice", old, tuple(starts), tuple(limits), (1,) * len(old))
-        parts.append(view.then(op, (*old[:axis], size, *old[axis + 1 :])))
-        start += size
-    return parts
-
-
-def _mapped(eqn: Any, position: int, view: View, others: list[Any]) -> list[View] | None:
-    """Products with, and lookups of, constants: ``e @ W`` of a derivative, a learned position."""
-    name = eqn.primitive.name
-    constant = len(others) == 1 and others[0] is not None
-    plain = view.pure and (view.factor is None or not jnp.ndim(view.factor))
-    if not constant or not plain or (name, position) not in _MAPS:
-        return None
-    other = others[0]
-
-    def forward(core: Any) -> Any:
-        operands = (core, other) if position == 0 else (other, core)
-        return eqn.primitive.bind(*operands, **eqn.params)
-
-    shape = eqn.outvars[0].aval.shape
-    return [view.then(("map", forward, eqn.invars[position].aval), shape)]
-
-
-def _arithmetic(eqn: Any, position: int, view: View, others: list[Any]) -> list[View] | None:
-    """Negation, and sums, products and quotients with constants."""
-    name, old, new = eqn.primitive.name, eqn.invars[position].aval.shape, eqn.outvars[0].aval.shape
-    if name == "neg":
-        return [view.scaled(-1)]
-    if len(others) != 1 or others[0] is None:
-        return None
-    constant = others[0]
-    if name in ("add", "sub", "add_any"):
-        view = view.scaled(-1) if name == "sub" and position == 1 else view
-        return [view.spread(old, new)]
-    if name == "mul" or (name == "div" and position == 0):
-        if jnp.ndim(constant):
-            axes = [dim for dim in view.dims if dim is not None]
-            if old != new or axes != sorted(axes) or math.prod(old) != math.prod(view.shape):
-                return None
-            constant = jnp.broadcast_to(constant, old).reshape(view.shape)
-        return [view.scaled(constant if name == "mul" else 1 / constant)]
-    return None
-
-
-@dataclasses.dataclass(frozen=True)
-class Layout:
-    """How the entries of a leaf are a weight (groups, inputs, outputs); hashable.
-
-    ``parts`` are the axes of the view's core that are groups, inputs and outputs; the stacked axes
-    are the slowest groups.
-    """
-
-    view: View
-    parts: tuple[tuple[int, ...], ...]
-
-    @property
-    def stacks(self) -> tuple[int, ...]:
-        """The lengths of the stacked axes."""
-        return tuple(op[1] for op in self.view.ops if op[0] == "unstack")
-
-    @property
-    def shape(self) -> tuple[int, int, int]:
-        """(groups, inputs, outputs)."""
-        groups, *sides = (math.prod(self.view.shape[d] for d in part) for part in self.parts)
-        return (math.prod(self.stacks) * groups, *sides)  # pyright: ignore[reportReturnType]
-
-    def weight(self, leaf: Any) -> Any:
-        """The weight (groups, inputs, outputs), out of a leaf; NumPy stays NumPy."""
-        core, lead = self.view.push(leaf), len(self.stacks)
-        order = [lead + d for part in self.parts for d in part]
-        return core.transpose(*range(lead), *order).reshape(self.shape)
-
-    def leaf(self, weight: Any) -> Any:
-        """A leaf of zeros with the weight (..., groups, inputs, outputs) in its place."""
-        front = weight.shape[:-3]
-        order = [d for part in self.parts for d in part]
-        lead = len(front) + len(self.stacks)
-        core = weight.reshape(*front, *self.stacks, *(self.view.shape[d] for d in order))
-        back = sorted(range(len(order)), key=order.__getitem__)
-        return self.view.pull(core.transpose(*range(lead), *(lead + d for d in back)))
+def _embedded(x: Any, shape: tuple[int, ...], window: Window, lead: int) -> Any:
+    """Zeros of ``shape`` with ``x`` in a window of them, behind ``lead`` axes."""
+    where = (slice(None),) * lead + tuple(slice(*bounds) for bounds in window)
+    if isinstance(x, np.ndarray):
+        out = np.zeros(x.shape[:lead] + shape, x.dtype)
+        out[where] = x
+        return out
+    return jnp.zeros(x.shape[:lead] + shape, x.dtype).at[where].set(x)

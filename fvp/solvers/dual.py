@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from typing import Any
 
 import jax
@@ -17,7 +18,13 @@ from fvp.curvature.pieces import GaussNewtonPiece, apply_weights
 from fvp.factorization import SemidefiniteFactor
 from fvp.heads import Gaussian, Head, Sigmoid, Softmax
 from fvp.layers.capture import capture
-from fvp.layers.columns import exact_root_coefficients, metric_columns
+from fvp.layers.columns import (
+    check_not_negative,
+    exact_root_coefficients,
+    has_root,
+    metric_columns,
+    multiple_of_fisher,
+)
 from fvp.layers.gram import gram_matrix
 from fvp.layers.rows import CHUNK, LayerRows, rows_of_capture
 from fvp.mesh import row_axes
@@ -76,6 +83,8 @@ def solve_dual(
         if kind == "ChunkedPiece":
             raise ValueError("operator: solve_dual expects one built without chunk_size.")
         raise TypeError(f"operator: solve_dual expects a Fisher or GGN, got one of a {kind}.")
+    if not has_root(operator.piece.metric):
+        raise TypeError(_no_root(operator.piece.metric))
     if operator.axis_name is not None:
         raise ValueError("operator: solve_dual expects one built without axis_name.")
     if row_axes(operator.piece.output) is not None:
@@ -83,8 +92,9 @@ def solve_dual(
             "operator: its examples are sharded over Explicit mesh axes, which solve_dual regroups;"
             " build and solve inside jax.sharding.auto_axes."
         )
-    if isinstance(damping, (int, float)) and not damping > 0:
+    if isinstance(damping, (int, float)) and not 0 < damping < math.inf:
         raise ValueError(f"damping: solve_dual expects a positive number, got {damping}.")
+    check_not_negative(operator.piece.weights)
     rhs = check_like(rhs, operator._like(), "rhs", "params", cast=False)
     return _solve(operator, rhs, jnp.asarray(damping), targets)
 
@@ -156,6 +166,8 @@ class ExampleRows:
     def of(cls, operator: CurvatureOperator) -> ExampleRows:
         """The rows of ``operator``."""
         piece, source = operator.piece, operator.source
+        if not has_root(piece.metric):
+            raise TypeError(_no_root(piece.metric))
         batch_axes: Any = 0
         if source.batch_axes is not None:
             batch_axes = jax.tree.unflatten(jax.tree.structure(source.batch), source.batch_axes)
@@ -199,6 +211,9 @@ class ExampleRows:
         if w is None:
             return None
         w = exact_root_coefficients(piece.head, piece.metric.z, w)
+        if (factor := multiple_of_fisher(piece.metric)) is not None:
+            factor = factor.reshape(*factor.shape, *(1,) * piece.head.event_ndim)
+            w = jnp.where(factor > 0, w / jnp.where(factor > 0, factor, 1), 0)
         shares = self.captured.columns.shares
         w = apply_weights(jnp.sqrt(shares), piece.head.event_ndim, w)
         # The coefficient of a column is the entry of w where the unit vector behind it was one.
@@ -236,6 +251,15 @@ class ExampleRows:
         size = max(1, CHUNK // sum(s.size for s in jax.tree.leaves(self.operator._like())))
         rows = jax.lax.map(row, jnp.arange(count), batch_size=min(size, count))
         return rows.reshape(columns.shape[0], examples, -1)
+
+
+def _no_root(metric: Any) -> str:
+    head = getattr(metric, "head", None)
+    kind = type(metric if head is None else head).__name__
+    return (
+        f"operator: the dual solve needs the square root of the curvature in z, which is not known"
+        f" for the Hessian of {kind}: it is not its Fisher. Take fvp.fisher(...), or fvp.cg."
+    )
 
 
 def whitened_score(head: Head, z: Array, targets: Any) -> Array | None:

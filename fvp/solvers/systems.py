@@ -19,6 +19,7 @@ from jax.typing import ArrayLike
 from fvp.curvature.operator import CurvatureOperator
 from fvp.curvature.pieces import GaussNewtonPiece
 from fvp.factorization import SemidefiniteFactor
+from fvp.layers.columns import has_root
 from fvp.mesh import row_axes
 from fvp.numerics import cast_like, tree_axpy, tree_is_finite, tree_vdot, wide_dtype, widen_tree
 from fvp.solvers.conjugate_gradient import CGInfo, iteration_limit, solve_in_metric
@@ -43,7 +44,8 @@ def choose_solver(operator: CurvatureOperator) -> str:
         rows, sharded = operator.piece.output.size, row_axes(operator.piece.output)
         if sharded is not None:
             return "cg"
-        if rows <= _MOST_ROWS and rows < parameters:
+        exact = has_root(operator.piece.metric)
+        if exact and rows <= _MOST_ROWS and rows < parameters:
             return "dual"
     return "dense" if parameters <= _MOST_PARAMETERS else "cg"
 
@@ -125,12 +127,14 @@ class ExactSystem:
         damping: ArrayLike,
         shift: ArrayLike,
         targets: Any,
+        least: ArrayLike = 0.0,
     ) -> ExactSystem:
         """``solver`` is "dual" or "dense".
 
         Damping and shift are at least sqrt(eps) trace(F): below that a right-hand side's rounding
         outside the range of F would be blown up. A dual system that knows the ``targets`` has none,
-        and needs only the bound of a numerical rank, eps n trace(F) for n rows.
+        and needs only the bound of a numerical rank, eps n trace(F) for n rows. Both are at least
+        ``least``, also where F vanishes.
         """
         if solver == "dual":
             rows = ExampleRows.of(operator)
@@ -143,6 +147,7 @@ class ExactSystem:
         level = eps * len(matrix) if whitened else eps**0.5
         total = jnp.asarray(damping + shift, matrix.dtype)
         total = jnp.maximum(total, level * jnp.trace(matrix))
+        total = jnp.maximum(total, jnp.asarray(least, matrix.dtype))
         if rows is not None:
             factorised = DualSystem.of(rows, matrix, total)
         else:

@@ -1,0 +1,68 @@
+"""What differs between the versions of JAX and Flax that fvp runs on; nothing else asks for one."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+
+#: The names that the equation of an inner ``jax.jit`` goes by.
+JIT = ("jit", "pjit")
+
+#: Versions of JAX that compute wrong numbers, and what about them is wrong.
+BROKEN = {
+    "0.10.2": "it miscompiles row-wise quadratic forms on CPU from 16,385 rows (jax issue 39103)",
+}
+
+
+def warn_if_broken(version: str) -> None:
+    """Warns where ``version`` of JAX is known to compute wrong numbers."""
+    if version in BROKEN:
+        warnings.warn(
+            f"fvp: jax {version} is not supported: {BROKEN[version]}; install another version.",
+            stacklevel=3,
+        )
+
+
+def bind(equation: Any, operands: Sequence[Any]) -> list[Any]:
+    """The results of ``equation`` for other operands, in the context that it was traced in."""
+    bound = equation.primitive.get_bind_params(equation.params)
+    # Up to jax 0.10.0 the functions come apart from the other parameters.
+    functions, params = bound if isinstance(bound, tuple) else ((), bound)
+    with equation.ctx.manager:
+        results = equation.primitive.bind(*functions, *operands, **params)
+    return list(results) if equation.primitive.multiple_results else [results]
+
+
+def scan_counts(equation: Any) -> tuple[int, int]:
+    """How many operands of a ``scan`` are constants, and how many are carried."""
+    params = equation.params
+    if "num_consts" in params:
+        return params["num_consts"], params["num_carry"]
+    # From jax 0.12 on they are the parts of a tree.
+    constants, carried, _ = params["ft_in"].unpack()
+    return len(constants), len(carried)
+
+
+def varying_axes(x: Any) -> frozenset[str]:
+    """The axes of a surrounding ``jax.shard_map`` over which ``x``, or its shape, differs."""
+    kind = x if isinstance(x, jax.ShapeDtypeStruct) else jax.typeof(x)
+    if not hasattr(kind, "manual_axis_type"):  # up to jax 0.9
+        return frozenset(getattr(kind, "vma", None) or ())
+    return frozenset() if kind.manual_axis_type is None else kind.manual_axis_type.varying
+
+
+def to_varying(tree: Any, names: tuple[str, ...]) -> Any:
+    """The same values, typed as different on each device along the mesh axes ``names``."""
+    if hasattr(jax.lax, "pcast"):
+        return jax.lax.pcast(tree, names, to="varying")
+    return jax.lax.pvary(tree, names)
+
+
+def pure_state(state: Any) -> Any:
+    """A Flax NNX state as a tree of plain arrays that no later call changes."""
+    from flax import nnx
+
+    return getattr(nnx, "as_pure", getattr(nnx, "pure", None))(state)

@@ -1,0 +1,44 @@
+"""Uses of a parameter that is part of the weight: of one that was concatenated, stacked or padded.
+
+Such a use reads the inputs and outputs that meet the parameter, and no others.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import jax.numpy as jnp
+import numpy as np
+
+from fvp.layers.uses import Use
+
+
+def restrict(use: Use, shape: tuple[int, ...]) -> None:
+    """Makes ``use``, of a leaf of ``shape``, one of that leaf alone; without a rule if it can't."""
+    if use.kind == "other" or not use.embedded or use.view.functions:
+        return
+    present = use.layout.entries(shape) >= 0
+    kept = [np.flatnonzero(present.any(axes)) for axes in ((1, 2), (0, 2), (0, 1))]
+    if not present[np.ix_(*kept)].all():
+        use.kind = "other"
+        return
+    whole, stacks = use.layout.whole, use.layout.stacks
+    if len(kept[0]) < whole[0] and stacks:
+        use.kind = "other"  # groups of scans come in one by one
+        return
+    use.kept = tuple(tuple(numbers.tolist()) for numbers in kept)
+    groups = slice(None) if len(kept[0]) == whole[0] else kept[0]
+    read_input, read_output = use.read_input, use.read_output
+    pick = lambda x, features: x[..., groups, :][..., features]
+    use.read_output = lambda y: pick(read_output(y), kept[2])
+    if use.kind == "lookup":
+        use.read_input = lambda x: _renumbered(read_input(x), kept[1], whole[1])
+    elif use.kind not in ("shift", "scale"):
+        use.read_input = lambda x: pick(read_input(x), kept[1])
+
+
+def _renumbered(rows: Any, kept: np.ndarray, size: int) -> Any:
+    """Row numbers among those ``kept`` of ``size``; one past the last for all others."""
+    number = np.full(size + 1, len(kept))
+    number[kept] = np.arange(len(kept))
+    return jnp.asarray(number)[rows]
