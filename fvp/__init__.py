@@ -3,6 +3,9 @@
 import importlib
 from typing import Any
 
+import jax
+
+from fvp.compatibility import warn_if_broken
 from fvp.control import LevenbergMarquardt
 from fvp.curvature import (
     CurvatureOperator,
@@ -57,6 +60,10 @@ __all__ = [
     "scale_by_kfac",
     "solve_dual",
 ]
+
+__version__ = "0.1.0"
+
+warn_if_broken(jax.__version__)
 
 
 def __getattr__(name: str) -> Any:

@@ -223,3 +223,29 @@ def test_wrong_arguments_are_named():
         fvp.kfac(*arguments, targets=jnp.zeros(6, int), key=jax.random.key(0))
     with pytest.raises(ValueError, match="rule"):
         fvp.kfac(*arguments).inverse(0.1, rule="tikhonov")
+
+
+def test_a_singular_curvature_has_no_undamped_inverse():
+    rng = np.random.default_rng(0)
+    params, x = layer(rng, 4, 2), normal(rng, 3, 4)  # three examples, five inputs
+    K = fvp.kfac(lambda p, x: affine(p, x), fvp.Gaussian(), params, x)
+    with pytest.raises(ValueError, match=r"damping.*singular"):
+        K.solve(params, 0.0)
+    with pytest.raises(ValueError, match="damping"):
+        K.solve(params, float("nan"))
+    regular = fvp.kfac(lambda p, x: affine(p, x), fvp.Gaussian(), params, normal(rng, 9, 4))
+    assert relative_error(regular @ regular.solve(params, 0.0), params) < 1e-9
+
+
+def test_negative_weights_raise_where_square_roots_are_taken():
+    rng = np.random.default_rng(0)
+    params, x, weights = layer(rng, 4, 2), normal(rng, 3, 4), jnp.array([1.0, -0.5, 2.0])
+    arguments = (lambda p, x: affine(p, x), fvp.Gaussian(), params, x)
+    F = fvp.fisher(*arguments, weights=weights)
+    for call in (
+        lambda: fvp.kfac(*arguments, weights=weights),
+        lambda: fvp.fisher_diagonal(*arguments, weights=weights),
+        lambda: fvp.solve_dual(F, params, 0.1),
+    ):
+        with pytest.raises(ValueError, match=r"weights.*0 or more, got -0.5"):
+            call()

@@ -1,15 +1,18 @@
 """The solve in example space equals the dense damped solve, in float64."""
 
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 from dense import CASES, mlp, parameters, quick_jit, reference, relative_error
 from jax.flatten_util import ravel_pytree
-from models import MODELS
+from models import MODELS, normal
 from test_models import dense, problem
 
 import fvp
+from fvp.heads.head import register_head
 
 COMPILE_KERNELS_QUICKLY = True
 
@@ -139,3 +142,45 @@ def test_no_damping_and_no_exact_solver_is_an_error():
     tx = fvp.scale_by_fisher(lambda w, x: x @ w, fvp.Gaussian(), solver="auto", line_search="loss")
     with pytest.raises(ValueError, match="pass damping="):
         jax.eval_shape(lambda: tx.update(w, tx.init(w), w, batch=x, targets=jnp.ones((2500, 2))))
+
+
+@register_head
+@dataclasses.dataclass(frozen=True)
+class Cauchy(fvp.Gaussian):
+    """A head whose Hessian is not its Fisher."""
+
+    def _hessian(self, z, y, u):
+        return (2 + jnp.square(z - y)) * u
+
+
+def test_a_hessian_that_is_not_the_fisher_is_refused():
+    rng = np.random.default_rng(0)
+    w, x, y = normal(rng, 3, 2), normal(rng, 4, 3), normal(rng, 4, 2)
+    model = lambda w, x: jnp.tanh(x @ w)
+    G = fvp.ggn(model, Cauchy(), w, x, y)
+    with pytest.raises(TypeError, match=r"Cauchy.*not its Fisher"):
+        fvp.solve_dual(G, w, 0.1)
+    tx = fvp.scale_by_fisher(model, Cauchy(), damping=0.1, curvature="ggn", solver="dual")
+    with pytest.raises(TypeError, match=r"Cauchy.*not its Fisher"):
+        tx.update(w, tx.init(w), w, batch=x, targets=y)
+    # "auto" takes another exact solver.
+    tx = fvp.scale_by_fisher(model, Cauchy(), damping=0.1, curvature="ggn", solver="auto")
+    step, _ = tx.update(w, tx.init(w), w, batch=x, targets=y)
+    expected = np.linalg.solve(G.dense() + 0.1 * np.eye(6), w.ravel())
+    assert relative_error(step.ravel(), expected) < 1e-6
+    # Its Fisher is served.
+    F = fvp.fisher(model, Cauchy(), w, x)
+    expected = np.linalg.solve(F.dense() + 0.1 * np.eye(6), w.ravel())
+    assert relative_error(fvp.solve_dual(F, w, 0.1).ravel(), expected) < 1e-9
+
+
+def test_rows_of_targets_that_do_not_sum_to_one_count_as_their_sum():
+    rng = np.random.default_rng(0)
+    w, x = normal(rng, 3, 4), normal(rng, 5, 3)
+    rows = jnp.asarray(rng.uniform(size=(5, 4))).at[1].set(0)
+    G = fvp.ggn(lambda w, x: x @ w, fvp.Softmax(), w, x, rows)
+    _, rhs = G.value_and_grad(rows)
+    expected = np.linalg.solve(G.dense() + 0.1 * np.eye(12), rhs.ravel())
+    for targets in (None, rows):
+        x_dual = fvp.solve_dual(G, rhs, 0.1, targets=targets)
+        assert relative_error(x_dual.ravel(), expected) < 1e-9

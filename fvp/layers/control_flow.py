@@ -7,6 +7,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jax.core import Tracer
 
 from fvp.compatibility import scan_counts
 from fvp.layers.derived import derived
@@ -24,7 +25,7 @@ def scan(parent: Any, eqn: Any, inputs: list[Value]) -> list[Value]:
         for i, count in enumerate(parent.counts)
     ]
     places = list(zip(*columns, strict=True)) if columns else [()] * len(inputs)
-    inputs, row_places = list(inputs), places[consts + carried :]
+    inputs, row_places = list(map(_outlasting, inputs)), places[consts + carried :]
     for i in range(consts, consts + carried):
         if inputs[i].views:  # an initial state
             before = tuple(leave_carry(place) for place in places[i])
@@ -86,7 +87,7 @@ def cond(parent: Any, eqn: Any, inputs: list[Value]) -> list[Value]:
     """Evaluates a conditional; the records of the branches not taken are zeros."""
     branches = eqn.params["branches"]
     seen: list[list[Record]] = [[] for _ in branches]
-    operands = [dataclasses.replace(value, source=None) for value in inputs[1:]]
+    operands = [dataclasses.replace(_outlasting(v), source=None) for v in inputs[1:]]
     places = parent.places_after(eqn, inputs)
 
     def evaluate(number: int, taps: Any) -> Any:
@@ -113,6 +114,13 @@ def cond(parent: Any, eqn: Any, inputs: list[Value]) -> list[Value]:
         pairs = zip(records, values, strict=True)
         parent.records += [Record(record.use, *value) for record, value in pairs]
     return [Value(x, p, level=parent.level) for x, p in zip(out, places, strict=True)]
+
+
+def _outlasting(value: Value) -> Value:
+    """The value with nothing in its views that a body would compute with and not give back."""
+    if not any(isinstance(view.factor, Tracer) for view in value.views):
+        return value
+    return dataclasses.replace(value, views=tuple(view.absorbed() for view in value.views))
 
 
 def _with_activity(record: Record) -> tuple[Any, Any]:

@@ -10,6 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import Array
+from jax.core import Tracer
 from jax.extend.core import ClosedJaxpr, jaxpr_as_fun
 
 from fvp.compatibility import bind
@@ -19,7 +20,7 @@ CUSTOM_RULES = ("custom_jvp_call", "custom_vjp_call")
 _SCALES = (1.0, 10.0, 100.0)  # of the arguments: a rule may clip what is far out only
 
 
-def rule_is_of_body(eqn: Any, body: ClosedJaxpr) -> bool:
+def rule_is_of_body(eqn: Any, body: ClosedJaxpr, operands: Sequence[Any]) -> bool:
     """Whether a ``custom_jvp`` or ``custom_vjp`` call differentiates as its body does.
 
     Where its rule is the derivative of its body, as that of a fused layer or of a stable formula,
@@ -28,11 +29,12 @@ def rule_is_of_body(eqn: Any, body: ClosedJaxpr) -> bool:
     of several sizes, of both signs and positive. They must agree to half of the digits, entry by
     entry where the body's derivative is finite.
     """
+    fixed = eqn.params.get("num_consts", 0)  # what the function closes over has no derivative
 
     @jax.jit
     def agree(arguments: list[Array], cotangents: list[Array]) -> Array:
-        own = _pulled_back(lambda *xs: bind(eqn, xs), arguments, cotangents)
-        plain = _pulled_back(jaxpr_as_fun(body), arguments, cotangents)
+        own = _pulled_back(lambda *xs: bind(eqn, xs), arguments, cotangents, fixed)
+        plain = _pulled_back(jaxpr_as_fun(body), arguments, cotangents, fixed)
         pairs = []
         for a, b in zip(own, plain, strict=True):
             usable = jnp.isfinite(b)
@@ -50,7 +52,10 @@ def rule_is_of_body(eqn: Any, body: ClosedJaxpr) -> bool:
     with jax.ensure_compile_time_eval():
         cotangents = [_sample(rng, var.aval) for var in eqn.outvars if _is_float(var.aval)]
         for scale, positive in itertools.product(_SCALES, (False, True)):
-            arguments = [_sample(rng, var.aval, scale, positive) for var in eqn.invars]
+            arguments = [
+                x if i < fixed and not isinstance(x, Tracer) else _sample(rng, x, scale, positive)
+                for i, x in enumerate(operands)
+            ]
             if not agree(arguments, cotangents):
                 return False
     return True
@@ -64,6 +69,7 @@ def _sample(
     rng: np.random.Generator, aval: Any, scale: float = 1.0, positive: bool = False
 ) -> Array:
     """A random array like ``aval``, no two entries equal; zeros or keys where it has no floats."""
+    aval = jax.typeof(aval) if not hasattr(aval, "dtype") else aval
     if jnp.issubdtype(aval.dtype, jax.dtypes.prng_key):
         return jax.random.split(jax.random.key(0), aval.shape)
     if not _is_float(aval):
@@ -73,14 +79,23 @@ def _sample(
 
 
 def _pulled_back(
-    function: Callable[..., Sequence[Array]], arguments: list[Array], cotangents: list[Array]
+    function: Callable[..., Sequence[Array]],
+    arguments: list[Array],
+    cotangents: list[Array],
+    fixed: int,
 ) -> list[Array]:
-    """The cotangents of a function's floating outputs, pulled back to its floating arguments."""
+    """The cotangents of a function's floating outputs, pulled back to its floating arguments.
+
+    The first ``fixed`` arguments are no variables.
+    """
+    varies = [i >= fixed and _is_float(x) for i, x in enumerate(arguments)]
 
     def outputs(floats: list[Array]) -> list[Array]:
         rest = iter(floats)
-        out = function(*(next(rest) if _is_float(x) else x for x in arguments))
+        pairs = zip(arguments, varies, strict=True)
+        out = function(*(next(rest) if variable else x for x, variable in pairs))
         return [y for y in out if _is_float(y)]
 
-    _, pullback = jax.vjp(outputs, [x for x in arguments if _is_float(x)])
+    variables = [x for x, variable in zip(arguments, varies, strict=True) if variable]
+    _, pullback = jax.vjp(outputs, variables)
     return pullback(cotangents)[0]

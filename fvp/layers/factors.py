@@ -60,7 +60,8 @@ def plans_of(captured: LayerRows, fallback: str | None) -> tuple[list[Plan], dic
         if plan is not None:
             plans[number] = plan
             continue
-        names = ", ".join(dict.fromkeys(treatment(layers.uses[i]) for i in group))
+        uses = [layers.uses[i] for i in group]
+        names = ", ".join(dict.fromkeys(f"{treatment(u)} in {u.primitive!r}" for u in uses))
         unserved[leaf] = names
         if fallback is None:
             raise ValueError(

@@ -14,6 +14,8 @@ from collections.abc import Sequence
 from typing import Any
 
 import jax.numpy as jnp
+import numpy as np
+from jax.core import Tracer
 from jax.extend.core import Literal
 
 from fvp.compatibility import JIT, bind
@@ -83,7 +85,9 @@ class Interpreter:
         name, inner = eqn.primitive.name, inner_jaxpr(eqn)
         viewed = any(value.views for value in inputs)
         free = all(value.free for value in inputs)
-        own_rule = name in CUSTOM_RULES and viewed and (free or not rule_is_of_body(eqn, inner))
+        own_rule = name in CUSTOM_RULES and viewed
+        if own_rule and not free:
+            own_rule = not rule_is_of_body(eqn, inner, [value.x for value in inputs])
         if inner is not None and (viewed or name in JIT) and not own_rule:
             return self.run(inner.jaxpr, inner.consts, inputs)
         if free:
@@ -119,7 +123,7 @@ class Interpreter:
         for i, output in enumerate(outputs):
             output.node = Node(eqn, inputs, i, serial)
             output.level = self.level
-            differentiable = jnp.issubdtype(output.x.dtype, jnp.inexact)
+            differentiable = jnp.issubdtype(output.x.dtype, jnp.inexact) and output.x.size > 0
             differentiable &= eqn.primitive.name != "stop_gradient"
             if not differentiable or not any(value.views for value in inputs):
                 continue
@@ -135,13 +139,21 @@ class Interpreter:
         collected: list[tuple[View, ...]] = [()] * len(eqn.outvars)
         for position, value in enumerate(inputs):
             rest = [v for i, v in enumerate(inputs) if i != position]
-            others = [v.x if v.constant else None for v in rest]
+            others = [self._multiplier(v) for v in rest]
             for view in value.views:
                 views = structural(eqn, position, view, others)
                 if views is None or len(views) != len(collected):
                     return None
                 collected = [(*old, new) for old, new in zip(collected, views, strict=True)]
         return collected
+
+    def _multiplier(self, value: Value) -> Any:
+        """A constant that may multiply a view, as what is no part of a scan's body; or None."""
+        if not value.constant:
+            return None
+        if self.level == 0:
+            return value.x
+        return None if isinstance(value.x, Tracer) else np.asarray(value.x)
 
     def _uses(self, eqn: Any, inputs: list[Value], places: Any) -> tuple[list[Any], list[Value]]:
         """The uses that ``eqn`` makes of its operands with their inputs, and what it then reads."""
@@ -153,7 +165,7 @@ class Interpreter:
             if len(positions) == 1:
                 views = inputs[position].views
                 found = [classify(eqn, position, view, places) for view in views]
-            if not jnp.issubdtype(eqn.outvars[0].aval.dtype, jnp.inexact):
+            if not any(jnp.issubdtype(v.aval.dtype, jnp.inexact) for v in eqn.outvars):
                 continue  # a comparison: its derivative is zero
             if jnp.issubdtype(inputs[position].x.dtype, jnp.complexfloating):
                 self.lose(inputs[position], name)

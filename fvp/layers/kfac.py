@@ -11,6 +11,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from jax import Array
+from jax.core import Tracer
 from jax.flatten_util import ravel_pytree
 from jax.sharding import Mesh
 from jax.typing import ArrayLike
@@ -69,7 +70,8 @@ class KFAC:
         """(K + damping I)^-1 as an operator, factorised once; pass it to ``fvp.cg`` as ``M=``.
 
         Args:
-          damping: multiple of the identity; a number or scalar array.
+          damping: multiple of the identity; a number or scalar array. The number 0 raises where
+            the curvature is singular.
           rule: how damping enters a block left x right.
             "exact": (left x right + damping I)^-1, by eigendecompositions of the factors;
             "pi": (left + pi sqrt(damping) I)^-1 x (right + sqrt(damping) / pi I)^-1, with
@@ -83,6 +85,11 @@ class KFAC:
             raise ValueError(f"rule: expected one of {DAMPING_RULES}, got {rule!r}.")
         if isinstance(damping, (int, float)) and not 0 <= damping < math.inf:
             raise ValueError(f"damping: expected 0 or more, got {damping}.")
+        if isinstance(damping, (int, float)) and damping == 0 and self._is_singular():
+            raise ValueError(
+                "damping: the factored curvature is singular and has no inverse at 0; pass a"
+                " positive number."
+            )
         return _invert(self, jnp.asarray(damping), rule, mesh)
 
     def trace(self) -> Array:
@@ -104,6 +111,17 @@ class KFAC:
         flat, unravel = ravel_pytree(zero)
         column = lambda e: ravel_pytree(self.mv(unravel(e)))[0]
         return jax.vmap(column, out_axes=1)(jnp.eye(flat.size, dtype=flat.dtype))
+
+    def _is_singular(self) -> bool:
+        """Whether it is, to rounding; False where the numbers are not known yet."""
+        if any(isinstance(leaf, Tracer) for leaf in jax.tree.leaves(self)):
+            return False
+        values = [block.eigenvalues().ravel() for block in self.blocks]
+        values += [diagonal.ravel() for diagonal in self.diagonals.values()]
+        if sum(value.size for value in values) < sum(map(math.prod, self._shapes())):
+            return True  # some entries have no curvature
+        smallest = [bool(jnp.min(x) <= jnp.finfo(x.dtype).eps * jnp.max(x)) for x in values]
+        return any(smallest)
 
     def _like(self) -> Any:
         return jax.tree.unflatten(*self.template)

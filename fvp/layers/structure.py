@@ -10,7 +10,7 @@ from typing import Any
 import jax.numpy as jnp
 
 from fvp.layers.place_rules import reshape_order
-from fvp.layers.views import View, Window
+from fvp.layers.views import View, Window, broadcast
 
 _SAME = ("copy", "copy_p", "name", "pvary", "pcast", "sharding_constraint", "reshard")
 _ROUNDED = ("convert_element_type", "reduce_precision")
@@ -188,5 +188,5 @@ def _multiplied(view: View, old: Any, new: Any, by: Any, *, divide: bool) -> lis
         axes = [dim for dim in view.dims if dim is not None]
         if axes != sorted(axes) or math.prod(new) != math.prod(view.shape):
             return None
-        by = jnp.broadcast_to(by, new).reshape(view.shape)
+        by = broadcast(by, new).reshape(view.shape)
     return [view.scaled(1 / by if divide else by)]

@@ -102,7 +102,7 @@ class View:
 
     def unstacked(self) -> View:
         """One slice of the leading axis, as a scan over the value sees it."""
-        view = self.then(("unstack", self.shape[0]), self.shape[1:])
+        view = self.absorbed().then(("unstack", self.shape[0]), self.shape[1:])
         return dataclasses.replace(view, stacks=self.stacks + 1)
 
     def spread(self, old: tuple[int, ...], new: tuple[int, ...]) -> View:
@@ -124,7 +124,7 @@ class View:
         """The same with the factor as one of the steps."""
         if self.factor is None:
             return self
-        factor = jnp.broadcast_to(self.factor, self.shape)
+        factor = broadcast(self.factor, self.shape)
         ops = (*self.ops, ("times", factor))
         return dataclasses.replace(self, ops=ops, factor=None)
 
@@ -153,6 +153,11 @@ class View:
             else:
                 core = _backward(op, core, lead, stacks)
         return core
+
+
+def broadcast(x: Any, shape: tuple[int, ...]) -> Any:
+    """``x`` over ``shape``; NumPy stays NumPy, which inside of a scan's body is no part of it."""
+    return (jnp if isinstance(x, jax.Array) else np).broadcast_to(x, shape)
 
 
 def forward(op: Any, x: Any, lead: int = 0) -> Any:

@@ -1,0 +1,105 @@
+"""Every public name once, on a small problem: what the oldest supported versions must pass."""
+
+import importlib.metadata
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+import fvp
+from fvp.compatibility import BROKEN, warn_if_broken
+
+COMPILE_QUICKLY = True
+
+HEAD = fvp.Softmax()
+PARAMS = {"w": jnp.linspace(-1, 1, 6).reshape(3, 2), "b": jnp.zeros(2)}
+X, Y, KEY = jnp.linspace(0, 1, 12).reshape(4, 3), jnp.array([0, 0, 1, 1]), jax.random.key(0)
+
+
+def model(params, x):
+    return x @ params["w"] + params["b"]
+
+
+FISHER = fvp.fisher(model, HEAD, PARAMS, X)
+GRADIENT = FISHER.value_and_grad(Y)[1]
+PROBLEM = (model, HEAD, PARAMS, X)
+
+
+def step(tx):
+    return tx.update(GRADIENT, tx.init(PARAMS), PARAMS, batch=X, targets=Y)[0]
+
+
+CALLS = {
+    "Gaussian": lambda: fvp.Gaussian().nll(jnp.zeros((2, 1)), jnp.ones((2, 1))),
+    "Sigmoid": lambda: fvp.Sigmoid().nll(jnp.zeros((2, 1)), jnp.ones((2, 1))),
+    "Softmax": lambda: HEAD.nll(model(PARAMS, X), Y),
+    "cg": lambda: fvp.cg(FISHER, GRADIENT, damping=0.1)[0],
+    "diagonal_preconditioner": lambda: fvp.diagonal_preconditioner(PARAMS, 2.0).mv(GRADIENT),
+    "empirical_fisher": lambda: fvp.empirical_fisher(*PROBLEM, Y) @ PARAMS,
+    "empirical_fisher_vector_product": lambda: fvp.empirical_fisher_vector_product(
+        *PROBLEM, Y, PARAMS
+    ),
+    "fisher": lambda: FISHER @ PARAMS,
+    "fisher_diagonal": lambda: fvp.fisher_diagonal(*PROBLEM),
+    "fisher_vector_product": lambda: fvp.fisher_vector_product(*PROBLEM, PARAMS),
+    "ggn": lambda: fvp.ggn(*PROBLEM, Y, chunk_size=3) @ PARAMS,
+    "ggn_vector_product": lambda: fvp.ggn_vector_product(*PROBLEM, Y, PARAMS),
+    "hessian": lambda: fvp.hessian(*PROBLEM, Y) @ PARAMS,
+    "kfac": lambda: fvp.kfac(*PROBLEM).solve(GRADIENT, 0.1),
+    "mc_fisher": lambda: fvp.mc_fisher(*PROBLEM, KEY) @ PARAMS,
+    "natural_gradient": lambda: step(fvp.natural_gradient(1.0, model, HEAD)),
+    "nystrom_preconditioner": lambda: fvp.nystrom_preconditioner(
+        FISHER, PARAMS, 0.1, KEY, rank=2
+    ).mv(PARAMS),
+    "scale_by_fisher": lambda: step(fvp.scale_by_fisher(model, HEAD, solver="dual")),
+    "scale_by_kfac": lambda: step(fvp.scale_by_kfac(model, HEAD)),
+    "solve_dual": lambda: fvp.solve_dual(FISHER, GRADIENT, 0.1),
+}
+RECORDS = {
+    "CGInfo",
+    "Coverage",
+    "CurvatureOperator",
+    "KFAC",
+    "KFACInverse",
+    "KFACState",
+    "LevenbergMarquardt",
+    "NaturalGradientState",
+}
+
+
+def test_every_name_is_here():
+    assert set(CALLS) | RECORDS == set(fvp.__all__)
+
+
+@pytest.mark.parametrize("name", CALLS)
+def test_gives_finite_numbers(name):
+    leaves = jax.tree.leaves(CALLS[name]())
+    assert leaves
+    assert all(np.isfinite(leaf).all() and np.any(leaf != 0) for leaf in leaves)
+
+
+def test_training_goes_down():
+    tx = optax.chain(fvp.natural_gradient(1.0, model, HEAD))
+    loss = lambda params: HEAD.nll(model(params, X), Y).mean()
+
+    @jax.jit
+    def train(params, state):
+        updates, state = tx.update(jax.grad(loss)(params), state, params, batch=X, targets=Y)
+        return optax.apply_updates(params, updates), state
+
+    params, state = PARAMS, tx.init(PARAMS)
+    for _ in range(5):
+        params, state = train(params, state)
+    assert loss(params) < loss(PARAMS) - 0.1
+
+
+def test_the_version_is_that_of_the_package():
+    assert fvp.__version__ == importlib.metadata.version("fvp")
+
+
+@pytest.mark.parametrize("version", BROKEN)
+def test_importing_beside_a_broken_jax_warns(version):
+    with pytest.warns(UserWarning, match=f"jax {version} is not supported"):
+        warn_if_broken(version)
