@@ -145,7 +145,7 @@ def capture(
     z, pullback, recorded = jax.vjp(tapped, zeros, has_aux=True)
     uses = found[1]
     ruled = [i for i, use in enumerate(uses) if _has_rule(use, examples)]
-    lost = [use for i, use in enumerate(uses) if i not in ruled]
+    lost = [u for i, u in enumerate(uses) if i not in ruled and u.kind != "nothing"]
     served = [(uses[i], *recorded[i]) for i in ruled]
 
     def pull(cotangent: Array) -> Any:
@@ -217,7 +217,7 @@ def _example_axes(z: Value, uses: Sequence[Use], counts: Sequence[int]) -> Any:
     for axis in range(len(counts)):
         place = z.places[axis]
         apart = counts[axis] == 1 or place is None or place == Place(axis)
-        ruled = [use for use in uses if use.kind != "other"]
+        ruled = [use for use in uses if _is_layer(use)]
         if axis and not all(_row_place(use, axis) for use in ruled):
             apart = False
         if apart and (axis == 0 or kept):
@@ -239,8 +239,15 @@ def _row_place(use: Use, axis: int) -> Place | None:
     return place if place.dim in use.rows else None
 
 
+def _is_layer(use: Use) -> bool:
+    """Whether there is a layer rule for this kind of use."""
+    return use.kind not in ("other", "partial", "nothing")
+
+
 def _has_rule(use: Use, examples: Sequence[int]) -> bool:
-    return use.kind != "other" and all(_row_place(use, axis) is not None for axis in examples)
+    return use.kind not in ("other", "nothing") and all(
+        _row_place(use, axis) is not None for axis in examples
+    )
 
 
 def _tap(use: Use) -> Any:

@@ -20,21 +20,26 @@ CUSTOM_RULES = ("custom_jvp_call", "custom_vjp_call")
 _SCALES = (1.0, 10.0, 100.0)  # of the arguments: a rule may clip what is far out only
 
 
-def rule_is_of_body(eqn: Any, body: ClosedJaxpr, operands: Sequence[Any]) -> bool:
+def rule_is_of_body(
+    eqn: Any, body: ClosedJaxpr, operands: Sequence[Any], varies: Sequence[bool]
+) -> bool:
     """Whether a ``custom_jvp`` or ``custom_vjp`` call differentiates as its body does.
 
     Where its rule is the derivative of its body, as that of a fused layer or of a stable formula,
     the body may be followed in its place; where the rule is another function, as that of a
     straight-through estimator, it may not. The two are compared while tracing, at random arguments
     of several sizes, of both signs and positive. They must agree to half of the digits, entry by
-    entry where the body's derivative is finite.
+    entry where the body's derivative is finite. Operands that do not vary, with parameters or the
+    batch, keep the values ``operands``; there is no derivative to compare.
     """
-    fixed = eqn.params.get("num_consts", 0)  # what the function closes over has no derivative
+    varies = [
+        variable and _is_float(x.aval) for x, variable in zip(eqn.invars, varies, strict=True)
+    ]
 
     @jax.jit
     def agree(arguments: list[Array], cotangents: list[Array]) -> Array:
-        own = _pulled_back(lambda *xs: bind(eqn, xs), arguments, cotangents, fixed)
-        plain = _pulled_back(jaxpr_as_fun(body), arguments, cotangents, fixed)
+        own = _pulled_back(lambda *xs: bind(eqn, xs), arguments, cotangents, varies)
+        plain = _pulled_back(jaxpr_as_fun(body), arguments, cotangents, varies)
         pairs = []
         for a, b in zip(own, plain, strict=True):
             usable = jnp.isfinite(b)
@@ -48,13 +53,15 @@ def rule_is_of_body(eqn: Any, body: ClosedJaxpr, operands: Sequence[Any]) -> boo
             results.append(norm(a - b) <= tolerance)
         return jnp.all(jnp.stack(results))
 
+    pairs = zip(operands, varies, strict=True)
+    fixed = [not variable and not isinstance(x, Tracer) for x, variable in pairs]
     rng = np.random.default_rng(0)
     with jax.ensure_compile_time_eval():
         cotangents = [_sample(rng, var.aval) for var in eqn.outvars if _is_float(var.aval)]
         for scale, positive in itertools.product(_SCALES, (False, True)):
             arguments = [
-                x if i < fixed and not isinstance(x, Tracer) else _sample(rng, x, scale, positive)
-                for i, x in enumerate(operands)
+                x if known else _sample(rng, var.aval, scale, positive)
+                for x, known, var in zip(operands, fixed, eqn.invars, strict=True)
             ]
             if not agree(arguments, cotangents):
                 return False
@@ -69,7 +76,6 @@ def _sample(
     rng: np.random.Generator, aval: Any, scale: float = 1.0, positive: bool = False
 ) -> Array:
     """A random array like ``aval``, no two entries equal; zeros or keys where it has no floats."""
-    aval = jax.typeof(aval) if not hasattr(aval, "dtype") else aval
     if jnp.issubdtype(aval.dtype, jax.dtypes.prng_key):
         return jax.random.split(jax.random.key(0), aval.shape)
     if not _is_float(aval):
@@ -82,17 +88,12 @@ def _pulled_back(
     function: Callable[..., Sequence[Array]],
     arguments: list[Array],
     cotangents: list[Array],
-    fixed: int,
+    varies: Sequence[bool],
 ) -> list[Array]:
-    """The cotangents of a function's floating outputs, pulled back to its floating arguments.
+    """The cotangents of a function's floating outputs, pulled back to its variables."""
 
-    The first ``fixed`` arguments are no variables.
-    """
-    varies = [i >= fixed and _is_float(x) for i, x in enumerate(arguments)]
-
-    def outputs(floats: list[Array]) -> list[Array]:
-        rest = iter(floats)
-        pairs = zip(arguments, varies, strict=True)
+    def outputs(variables: list[Array]) -> list[Array]:
+        rest, pairs = iter(variables), zip(arguments, varies, strict=True)
         out = function(*(next(rest) if variable else x for x, variable in pairs))
         return [y for y in out if _is_float(y)]
 

@@ -14,17 +14,23 @@ from fvp.layers.uses import Use
 
 
 def restrict(use: Use, shape: tuple[int, ...]) -> None:
-    """Makes ``use``, of a leaf of ``shape``, one of that leaf alone; without a rule if it can't."""
+    """Makes ``use``, of a leaf of ``shape``, one of that leaf alone.
+
+    Its kind becomes "partial", without a rule, if it can't be; "nothing" if it reads none of it.
+    """
     if use.kind == "other" or not use.embedded or use.view.functions:
         return
     present = use.layout.entries(shape) >= 0
+    if not present.any():
+        use.kind = "nothing"
+        return
     kept = [np.flatnonzero(present.any(axes)) for axes in ((1, 2), (0, 2), (0, 1))]
     if not present[np.ix_(*kept)].all():
-        use.kind = "other"
+        use.kind = "partial"
         return
     whole, stacks = use.layout.whole, use.layout.stacks
     if len(kept[0]) < whole[0] and stacks:
-        use.kind = "other"  # groups of scans come in one by one
+        use.kind = "partial"  # groups of scans come in one by one
         return
     use.kept = tuple(tuple(numbers.tolist()) for numbers in kept)
     groups = slice(None) if len(kept[0]) == whole[0] else kept[0]

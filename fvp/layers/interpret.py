@@ -87,7 +87,8 @@ class Interpreter:
         free = all(value.free for value in inputs)
         own_rule = name in CUSTOM_RULES and viewed
         if own_rule and not free:
-            own_rule = not rule_is_of_body(eqn, inner, [value.x for value in inputs])
+            varies = [bool(value.views) or not value.free for value in inputs]
+            own_rule = not rule_is_of_body(eqn, inner, [value.x for value in inputs], varies)
         if inner is not None and (viewed or name in JIT) and not own_rule:
             return self.run(inner.jaxpr, inner.consts, inputs)
         if free:
@@ -123,9 +124,8 @@ class Interpreter:
         for i, output in enumerate(outputs):
             output.node = Node(eqn, inputs, i, serial)
             output.level = self.level
-            differentiable = jnp.issubdtype(output.x.dtype, jnp.inexact) and output.x.size > 0
-            differentiable &= eqn.primitive.name != "stop_gradient"
-            if not differentiable or not any(value.views for value in inputs):
+            stopped = eqn.primitive.name == "stop_gradient" or not _differentiable(output.x)
+            if stopped or not any(value.views for value in inputs):
                 continue
             known = derived(output) if views is None else views[i]
             if known is None:
@@ -165,8 +165,8 @@ class Interpreter:
             if len(positions) == 1:
                 views = inputs[position].views
                 found = [classify(eqn, position, view, places) for view in views]
-            if not any(jnp.issubdtype(v.aval.dtype, jnp.inexact) for v in eqn.outvars):
-                continue  # a comparison: its derivative is zero
+            if not any(map(_differentiable, (var.aval for var in eqn.outvars))):
+                continue
             if jnp.issubdtype(inputs[position].x.dtype, jnp.complexfloating):
                 self.lose(inputs[position], name)
             elif found and all(use.kind != "other" for use in found):
@@ -226,6 +226,11 @@ class Interpreter:
 
 
 _serials = itertools.count()
+
+
+def _differentiable(x: Any) -> bool:
+    """Whether anything depends on ``x`` smoothly: not on a comparison, nor on no numbers at all."""
+    return jnp.issubdtype(x.dtype, jnp.inexact) and x.size > 0
 
 
 def _input_of(use: Use, operand: Value) -> Any:

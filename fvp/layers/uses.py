@@ -28,7 +28,8 @@ class Use:
     """One use of one view of a parameter.
 
     Attributes:
-      kind: "dense", "convolution", "lookup", "shift", "scale" or "other".
+      kind: "dense", "convolution", "lookup", "shift" or "scale"; without a rule "other", or, of a
+        parameter that is part of the weight, "partial" or "nothing".
       view: the parameter on its way here.
       primitive: name of the JAX primitive.
       places: of the output, one for each batch axis.
