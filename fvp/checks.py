@@ -8,6 +8,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import Array
+from jax.core import Tracer
+
+_ARRAYS = (jax.Array, np.ndarray, np.generic)
 
 
 def check_inexact_tree(tree: Any, name: str) -> Any:
@@ -54,17 +57,43 @@ def broadcast_weights(weights: Any, batch_shape: tuple[int, ...], dtype: Any) ->
     kinds = (jnp.floating, jnp.integer, jnp.bool_)
     if not any(jnp.issubdtype(array.dtype, kind) for kind in kinds):
         raise TypeError(f"weights: expected real numbers or a mask, got dtype {array.dtype}.")
-    try:
-        fits = np.broadcast_shapes(array.shape, batch_shape) == batch_shape
-    except ValueError:
-        fits = False
-    if not fits:
+    if not _broadcasts(array.shape, batch_shape):
+        leading = array.shape + (1,) * (len(batch_shape) - array.ndim)
+        hint = ""
+        if _broadcasts(leading, batch_shape):
+            hint = f"; one weight per example is {_with_axes('weights', leading, array.ndim)}"
         raise ValueError(
             f"weights: expected the batch axes of the model output, {batch_shape}, or a shape that"
-            f" broadcasts to them, got {array.shape}."
+            f" broadcasts to them, got {array.shape}{hint}."
+        )
+    if _is_ambiguous(array.shape, batch_shape):
+        rows = _with_axes("weights", batch_shape, array.ndim)
+        columns = f"weights[{'None, ' * (len(batch_shape) - array.ndim)}:]"
+        raise ValueError(
+            f"weights: shape {array.shape} may be one weight per example or one per position of the"
+            f" batch axes {batch_shape}; pass {rows} for the former or {columns} for the latter."
         )
     dtype = jnp.promote_types(array.dtype, dtype)
     return jnp.broadcast_to(array.astype(dtype), batch_shape)
+
+
+def _broadcasts(shape: tuple[int, ...], batch_shape: tuple[int, ...]) -> bool:
+    try:
+        return np.broadcast_shapes(shape, batch_shape) == batch_shape
+    except ValueError:
+        return False
+
+
+def _is_ambiguous(shape: tuple[int, ...], batch_shape: tuple[int, ...]) -> bool:
+    """Whether aligning fewer axes with the first batch axes, not the last, fits as well."""
+    missing = len(batch_shape) - len(shape)
+    leading = shape + (1,) * missing
+    return missing > 0 and any(n > 1 for n in shape) and _broadcasts(leading, batch_shape)
+
+
+def _with_axes(name: str, shape: tuple[int, ...], rank: int) -> str:
+    """How axes behind the first ``rank`` are added."""
+    return f"{name}[{', '.join([':'] * rank + ['None'] * (len(shape) - rank))}]"
 
 
 def check_positive_int(value: Any, name: str) -> None:
@@ -76,3 +105,16 @@ def check_positive_int(value: Any, name: str) -> None:
         )
     if value < 1:
         raise ValueError(f"{name}: expected 1 or more, got {value}.")
+
+
+def check_nonnegative(value: Any, name: str, hint: str = "") -> None:
+    """Raises where a number, or an array of them, is known to be negative or not finite."""
+    if isinstance(value, Tracer) or callable(value):
+        return
+    if isinstance(value, (bool, str)) or not isinstance(value, (int, float, *_ARRAYS)):
+        raise TypeError(f"{name}: expected a number, got {value!r}{hint}.")
+    if isinstance(value, jax.Array) and not value.is_fully_addressable:
+        return
+    numbers = np.asarray(value)
+    if not np.all(np.isfinite(numbers) & (numbers >= 0)):
+        raise ValueError(f"{name}: expected a finite number of 0 or more, got {value}{hint}.")

@@ -7,6 +7,10 @@ from collections.abc import Sequence
 from typing import Any
 
 import jax
+from jax.extend import core
+
+#: From jax 0.12 on every jaxpr is closed, and this is its class.
+ClosedJaxpr: Any = core.ClosedJaxpr  # pyright: ignore[reportPrivateImportUsage]
 
 #: The names that the equation of an inner ``jax.jit`` goes by.
 JIT = ("jit", "pjit")
@@ -60,11 +64,11 @@ def to_varying(tree: Any, names: tuple[str, ...]) -> Any:
     """The same values, typed as different on each device along the mesh axes ``names``."""
     if hasattr(jax.lax, "pcast"):
         return jax.lax.pcast(tree, names, to="varying")
-    return jax.lax.pvary(tree, names)
+    return vars(jax.lax)["pvary"](tree, names)
 
 
 def pure_state(state: Any) -> Any:
     """A Flax NNX state as a tree of plain arrays that no later call changes."""
     from flax import nnx
 
-    return getattr(nnx, "as_pure", getattr(nnx, "pure", None))(state)
+    return (nnx.as_pure if hasattr(nnx, "as_pure") else nnx.pure)(state)

@@ -29,6 +29,8 @@ def to_local(tree: Any, axis_name: AxisName, name: str) -> Any:
     replicated value meets a split one: at every time step of a scan, and once more than the
     explicit sum of :func:`sum_over` in all.
     """
+    if axis_name is None:
+        return tree
     names = axis_name if isinstance(axis_name, tuple) else (axis_name,)
     manual = jax.sharding.get_abstract_mesh().manual_axes
     names = tuple(name for name in names if name in manual)  # a named vmap tracks nothing
@@ -103,15 +105,17 @@ def map_rows(function: Any, x: Array, rows: Any, in_axis: int, out_axis: int) ->
     return jax.shard_map(function, in_specs=in_spec, out_specs=out_spec, axis_names=names)(x)
 
 
-def auto_sharded(function: Callable[..., Any], *args: Any, like: Any = None) -> Any:
+def auto_sharded(
+    function: Callable[..., Any], *args: Any, like: Any = None, specs: Any = None
+) -> Any:
     """``function(*args)`` with Explicit mesh axes left to the compiler.
 
     For code that regroups rows freely. Its results are replicated, or sharded like the tree
-    ``like``.
+    ``like``, or by the tree ``specs`` of partition specs.
     """
     if AxisType.Explicit not in jax.sharding.get_abstract_mesh().axis_types:
         return function(*args)
-    specs = PartitionSpec()
+    specs = PartitionSpec() if specs is None else specs
     if like is not None:
         specs = jax.tree.map(lambda x: jax.typeof(x).sharding.spec, like)
     return jax.sharding.auto_axes(function, out_sharding=specs)(*args)

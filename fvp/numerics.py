@@ -139,6 +139,12 @@ def pairwise(
     return jnp.stack([jnp.stack([product(a, b) for b in right]) for a in left])
 
 
+def as_finite(x: Array) -> Array:
+    """``x`` within the range of its dtype; NaN as the largest number."""
+    largest = jnp.finfo(x.dtype).max
+    return jnp.clip(jnp.where(jnp.isnan(x), largest, x), -largest, largest)
+
+
 def tree_is_finite(tree: Any) -> Array:
     """Whether every entry is finite."""
     finite = jnp.array(True)

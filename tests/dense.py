@@ -19,7 +19,6 @@ from jax.flatten_util import ravel_pytree
 import fvp
 
 
-
 def known(options):
     """Those of ``options`` that this version of XLA knows."""
 

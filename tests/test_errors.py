@@ -211,6 +211,26 @@ def test_weights_of_the_wrong_shape(build, curvature, shape, chunk_size):
         trace(build, curvature, weights=jnp.ones(shape), chunk_size=chunk_size)
 
 
+@whole_and_chunked
+def test_weights_that_may_be_of_examples_or_positions(build, chunk_size):
+    """Aligning one axis with the last batch axis is silent where both are as long."""
+    model_fn = lambda p, x: model(p, x)[:, None].repeat(6, 1)
+    trace_with = lambda weights: trace(
+        build, "fisher", model_fn, weights=weights, chunk_size=chunk_size
+    )
+    with raises(ValueError, "weights", r"\(6,\)", r"\(6, 6\)", r"weights\[:, None\]",
+                r"weights\[None, :\]"):  # fmt: skip
+        trace_with(jnp.ones(6))
+    for shape in [(), (1,), (6, 1), (1, 6), (6, 6)]:
+        trace_with(jnp.ones(shape))
+
+
+def test_weights_of_examples_that_lack_an_axis_are_told_how_to_get_it(build):
+    model_fn = lambda p, x: model(p, x)[:, None].repeat(5, 1)
+    with raises(ValueError, "weights", r"\(6,\)", r"\(6, 5\)", r"weights\[:, None\]"):
+        trace(build, "fisher", model_fn, weights=jnp.ones(6))
+
+
 # --- Parameters and vectors -------------------------------------------------------------------
 
 
@@ -255,6 +275,60 @@ def test_integer_vector():
     vector = {**PARAMS, "b": jnp.zeros(3, jnp.int32)}
     with raises(TypeError, r"\bv(ector)?\b", "b", "int32"):
         operator.mv(vector)
+
+
+def test_a_dense_matrix_says_how_many_bytes_it_would_take():
+    shapes = jax.ShapeDtypeStruct((50_000,), jnp.float32)
+    build = lambda params: fvp.fisher(lambda p, x: x * p[:3], GAUSSIAN, params, jnp.ones((4, 1)))
+    operator = jax.eval_shape(build, shapes)
+    with raises(ValueError, "dense", "10,000,000,000 bytes", "max_bytes"):
+        jax.eval_shape(lambda F: F.dense(), operator)
+    matrix = jax.eval_shape(lambda F: F.dense(max_bytes=2e10), operator)
+    assert matrix.shape == (50_000, 50_000)
+    small = fvp.fisher(model, SOFTMAX, PARAMS, BATCH)
+    with raises(ValueError, "dense", "648 bytes"):
+        small.dense(max_bytes=100)
+
+
+# --- Backward passes that can't be transposed -------------------------------------------------
+
+
+def with_backward(backward):
+    @jax.custom_vjp
+    def function(x):
+        return jnp.sin(x)
+
+    function.defvjp(lambda x: (function(x), x), lambda x, g: (backward(g) * jnp.cos(x),))
+    return lambda p, x: function(model(p, x))
+
+
+def call_back(g):
+    return jax.pure_callback(lambda g: g, jax.ShapeDtypeStruct(g.shape, g.dtype), g)
+
+
+def loop(g):
+    return jax.lax.while_loop(lambda c: c[0] < 2, lambda c: (c[0] + 1, 2 * c[1]), (0, g))[1]
+
+
+NOT_LINEAR = {
+    "a test": lambda g: jnp.where(jnp.isnan(g), 0, g),
+    "a callback": call_back,
+    "a loop": loop,
+    "a square": lambda g: g * g,
+}
+
+
+@pytest.mark.parametrize("backward", NOT_LINEAR.values(), ids=NOT_LINEAR)
+@pytest.mark.parametrize("compiled", [False, True])
+@whole_and_chunked
+def test_a_backward_pass_that_is_not_transposable(backward, compiled, chunk_size):
+    def product(params):
+        return fvp.fisher(
+            with_backward(backward), SOFTMAX, params, BATCH, chunk_size=chunk_size
+        ).mv(params)
+
+    with raises(TypeError, "model_fn", "transpos", "linear in the cotangent", "custom_jvp"):
+        (jax.jit(product) if compiled else product)(PARAMS)
 
 
 # --- Options ----------------------------------------------------------------------------------

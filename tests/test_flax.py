@@ -142,3 +142,28 @@ def test_linen_train_state_takes_the_step_of_the_transform():
         np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-6)
     assert stepped.step == 1
     assert stepped.tx is tx
+
+
+@pytest.mark.parametrize("kind", ["fisher", "kfac", "averaged kfac"])
+def test_flax_serialization_restores_the_state(kind):
+    from flax import serialization
+
+    model_fn = lambda params, x: jnp.tanh(x @ params["w"]) + params["b"]
+    params, x = {"w": jnp.ones((4, 3)), "b": jnp.zeros(3)}, jnp.eye(8, 4)
+    tx = {
+        "fisher": lambda: fvp.scale_by_fisher(model_fn, HEAD),
+        "kfac": lambda: fvp.scale_by_kfac(model_fn, HEAD),
+        "averaged kfac": lambda: fvp.scale_by_kfac(model_fn, HEAD, example_batch=x),
+    }[kind]()
+    data = {"batch": x, "targets": jnp.arange(8) % 3}
+    _, state = tx.update(params, tx.init(params), params, **data)
+    for restored in (
+        serialization.from_bytes(tx.init(params), serialization.to_bytes(state)),
+        serialization.from_state_dict(tx.init(params), serialization.to_state_dict(state)),
+    ):
+        assert jax.tree.structure(restored) == jax.tree.structure(state)
+        jax.tree.map(np.testing.assert_array_equal, restored, state)
+    if kind == "averaged kfac":
+        other = fvp.scale_by_kfac(lambda p, x: x @ p, HEAD, example_batch=x).init(params["w"])
+        with pytest.raises(ValueError, match=r"KFAC.*arrays"):
+            serialization.from_state_dict(other, serialization.to_state_dict(state))

@@ -9,7 +9,13 @@ import numpy as np
 import pytest
 import scipy.special
 import scipy.stats
-from dense import CASES, quick_jit, relative_error
+from dense import (
+    CASES,
+    quick_jit,
+    relative_error,
+    sigmoid_log_prob,
+    softmax_rows_log_prob,
+)
 
 import fvp
 
@@ -336,6 +342,174 @@ def test_samples_are_targets_of_the_same_dtype(case, dtype):
     else:
         assert sample.dtype == dtype
     assert jax.eval_shape(case.head.nll, z, sample).dtype == dtype
+
+
+# --- Targets at the edge ----------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("dtype", [jnp.uint8, jnp.int8, jnp.uint16, jnp.int32, jnp.uint32])
+def test_labels_of_every_integer_type_name_the_same_class(dtype):
+    """Also where the type holds fewer numbers than there are classes."""
+    rng = np.random.default_rng(0)
+    z, u = jnp.asarray(rng.normal(size=(2, 5, 300)))
+    y = jnp.asarray([0, 3, 44, 100, 127])
+    head = fvp.Softmax()
+    for method in (head.nll, head.score, lambda z, y: head.hessian(z, y, u)):
+        assert np.array_equal(method(z, y.astype(dtype)), method(z, y))
+
+
+@pytest.mark.parametrize("dtype", [jnp.int8, jnp.int32, jnp.int64])
+@pytest.mark.parametrize("label", [-1, -100, 3, 100])
+def test_label_out_of_range_is_no_class_in_every_method(dtype, label):
+    """NaN, loudly; and in a row of weight zero nothing, under differentiation too."""
+    rng = np.random.default_rng(0)
+    z, u = jnp.asarray(rng.normal(size=(2, 2, 3)))
+    y, good = jnp.asarray([label, 1], dtype), jnp.asarray([0, 1])
+    head, weights = fvp.Softmax(), jnp.asarray([0.0, 2.0])
+    for method in (head.nll, head.score, lambda z, y: head.hessian(z, y, u)):
+        assert jnp.isnan(method(z, y)[0]).all()
+        assert np.array_equal(method(z, y)[1], method(z, good)[1])
+
+    @jax.grad
+    def gradient(z, y):
+        return jnp.sum(jnp.where(weights == 0, 0, weights * head.nll(z, y)))
+
+    assert np.array_equal(gradient(z, y), gradient(z, good))
+    curvature = lambda y: jax.jvp(lambda z: gradient(z, y), (z,), (u,))[1]
+    assert np.array_equal(curvature(y), curvature(good))
+
+
+@pytest.mark.parametrize("head", [fvp.Softmax(), fvp.Sigmoid()], ids=str)
+def test_score_and_hessian_are_those_of_nll_for_targets_of_any_sum(head):
+    """Zeros for "ignore", several hot classes, and targets beyond [0, 1]."""
+    rng = np.random.default_rng(0)
+    z, u = jnp.asarray(rng.normal(size=(2, 5, 3)))
+    z = z.at[4, 0].add(20)
+    y = jnp.asarray([[0, 0, 0], [1, 0, 1], [0.2, 0.1, 0.3], [2, -1, 4], [0.5, 3, 0]])
+    gradient = jax.grad(lambda z: head.nll(z, y).sum())
+    assert relative_error(head.score(z, y), -gradient(z)) < 1e-13
+    assert relative_error(head.hessian(z, y, u), jax.jvp(gradient, (z,), (u,))[1]) < 1e-13
+    kind = softmax_rows_log_prob if isinstance(head, fvp.Softmax) else sigmoid_log_prob
+    score = jax.vmap(jax.grad(kind))(z, y)
+    assert relative_error(head.score(z, y), score) < 1e-7  # the definition cancels at 20
+
+
+# --- Confident predictions --------------------------------------------------------------------
+
+GAPS = [0.0, 1.0, 5.0, 15.0, 20.0, 40.0, 80.0]
+
+
+@pytest.mark.parametrize("gap", GAPS)
+def test_float32_softmax_keeps_its_digits_at_every_gap(gap):
+    """The definitions in float64, without a difference of nearly equal numbers."""
+    rng = np.random.default_rng(0)
+    z, u, w = np.float32(rng.normal(size=(3, 20, 6)))
+    z[:, 1] += np.float32(gap)
+    y = np.broadcast_to([0, 1], (10, 2)).ravel()  # wrong, and right
+    e = np.exp(z.astype(np.float64) - z.max(-1, keepdims=True))
+    p, others = e / e.sum(-1, keepdims=True), (e @ (1 - np.eye(6))) / e.sum(-1, keepdims=True)
+    differences = u[:, :, None].astype(np.float64) - u[:, None, :]
+    fisher = np.einsum("ni,nj,nij->ni", p, p, differences)
+    root = np.sqrt(p)
+    s_w = root * (others * w - root * ((root * w) @ (1 - np.eye(6))))
+    score = np.where(np.eye(6)[y] == 1, others, -p)
+    of_label = lambda x: x[np.arange(20), y]
+    nll = np.where(
+        of_label(p) > 0.5, -np.log1p(-np.minimum(of_label(others), 0.5)), -np.log(of_label(p))
+    )
+    head, rounding = fvp.Softmax(), 4e-6 * (1 + gap / 10)  # z - max z is rounded, then exp
+    underflow = 20 * np.finfo(np.float32).tiny
+
+    def check(actual, expected, entrywise=False):
+        assert actual.dtype == np.float32
+        size = np.abs(expected) if entrywise else np.linalg.norm(expected, axis=-1, keepdims=True)
+        assert (np.abs(actual - expected) <= rounding * size + underflow).all()
+
+    check(head.fisher(z, u), fisher)
+    check(head.sqrt_fisher(z, w), s_w)
+    check(head.sqrt_fisher(z, head.sqrt_fisher_transpose(z, u)), fisher)
+    check(head.score(z, y), score, entrywise=True)
+    check(head.score(z, np.eye(6, dtype=np.float32)[y]), score, entrywise=True)
+    check(head.nll(z, y), nll, entrywise=True)
+    check(-jax.grad(lambda z: head.nll(z, y).sum())(z), score, entrywise=True)
+
+
+@pytest.mark.parametrize("gap", GAPS)
+def test_float32_softmax_fisher_is_symmetric_at_every_gap(gap):
+    z = jnp.asarray(np.random.default_rng(0).normal(size=(1, 6)), jnp.float32).at[0, 1].add(gap)
+    columns = jax.vmap(lambda e: fvp.Softmax().fisher(z, e[None])[0])(jnp.eye(6, dtype=z.dtype))
+    np.testing.assert_allclose(columns, columns.T, rtol=1e-6)
+    assert (np.linalg.eigvalsh(columns) > -1e-6 * np.abs(columns).max()).all()
+
+
+@pytest.mark.parametrize("logit", [5.0, 20.0, 80.0])
+def test_float32_sigmoid_keeps_the_digits_of_a_confident_score(logit):
+    z = jnp.asarray([[logit, -logit]], jnp.float32)
+    wrong = np.exp(-logit) / (1 + np.exp(-logit))
+    expected = [[wrong, -wrong]]
+    np.testing.assert_allclose(fvp.Sigmoid().score(z, jnp.asarray([[1, 0]])), expected, rtol=1e-6)
+
+
+def test_infinite_sigmoid_logits_are_certain_outcomes():
+    inf = np.inf
+    z, y = jnp.asarray([inf, inf, -inf, -inf, 1.0]), jnp.asarray([1.0, 0.0, 0.0, 1.0, 1.0])
+    head = fvp.Sigmoid(event_ndim=0)
+    finite = head.nll(z[4:], y[4:])[0]
+    np.testing.assert_array_equal(head.nll(z, y), [0, inf, 0, inf, finite])
+    np.testing.assert_array_equal(head.score(z, y)[:4], [0, -1, 0, 1])
+    gradient = jax.grad(lambda z: head.nll(z, y).sum())(z)
+    np.testing.assert_allclose(gradient, -head.score(z, y), rtol=1e-15)
+    np.testing.assert_array_equal(head.fisher(z, jnp.ones(5))[:4], 0)
+    np.testing.assert_array_equal(head.sqrt_fisher(z, jnp.ones(5))[:4], 0)
+    np.testing.assert_array_equal(head.kl(z, z), 0)
+    np.testing.assert_array_equal(head.kl(z, -z)[:4], inf)
+    softplus = np.log1p(np.exp(-1.0))
+    np.testing.assert_allclose(head.kl(z[:1], z[4:]), [softplus], rtol=1e-14)
+    np.testing.assert_array_equal(head.kl(z[4:], z[:1]), [inf])
+
+
+def test_softmax_without_the_classes_of_logit_minus_infinity():
+    """A masked class is not there: all else is that of the other classes."""
+    rng = np.random.default_rng(0)
+    z, u, z_new = rng.normal(size=(3, 4, 5))
+    kept = np.array([0, 2, 4])
+    rows = rng.dirichlet(np.ones(3), 4)
+    mask = np.full((4, 5), -np.inf)
+    mask[:, kept] = 0
+    full = np.zeros((4, 5))
+    full[:, kept] = rows
+    y = rng.integers(0, 3, 4)
+    head = fvp.Softmax()
+
+    def everything(z, u, z_new, y, rows):
+        of = lambda f: jax.value_and_grad(lambda z: f(z).sum())(z)
+        return {
+            "nll": of(lambda z: head.nll(z, y)),
+            "nll of rows": of(lambda z: head.nll(z, rows)),
+            "kl": of(lambda z: head.kl(z, z_new)),
+            "kl backwards": of(lambda z: head.kl(z_new, z)),
+            "kl near": of(lambda z: head.kl(z, jnp.where(z == -jnp.inf, z, z + 1e-3 * u))),
+            "score": head.score(z, y),
+            "score of rows": head.score(z, rows),
+            "fisher": head.fisher(z, u),
+            "hessian": head.hessian(z, rows, u),
+            "sqrt_fisher": head.sqrt_fisher(z, u),
+            "sqrt_fisher_transpose": head.sqrt_fisher_transpose(z, u),
+        }
+
+    actual = everything(*(jnp.asarray(a) for a in (z + mask, u, z_new + mask, kept[y], full)))
+    few = everything(*(jnp.asarray(a) for a in (z[:, kept], u[:, kept], z_new[:, kept], y, rows)))
+
+    def check(actual, expected):
+        if actual.ndim:
+            assert not np.any(np.delete(actual, kept, 1))
+            actual = actual[:, kept]
+        np.testing.assert_allclose(actual, expected, rtol=1e-12, atol=1e-15)
+
+    jax.tree.map(check, actual, few)
+    assert (head.nll(z + mask, jnp.ones(4, int)) == jnp.inf).all()
+    assert (head.kl(z, z_new + mask) == jnp.inf).all()
+    assert jnp.isfinite(head.kl(z + mask, z_new)).all()
 
 
 # --- Many rows --------------------------------------------------------------------------------

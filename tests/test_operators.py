@@ -210,6 +210,115 @@ def test_masked_rows_leave_no_trace(build, name, curvature):
 
 
 @every_curvature
+@pytest.mark.parametrize("batch_axes", [(6,), (3, 2)], ids=["B", "BT"])
+@pytest.mark.parametrize("chunk_size", [None, 2], ids=["whole", "chunked"])
+def test_masked_inputs_leave_no_trace(build, curvature, batch_axes, chunk_size):
+    """Where an input is not finite neither is the Jacobian, and zero times it would be NaN."""
+    case = CASES["softmax"]
+    inner, params, batch, targets = problem(case, batch_axes)
+    kept, masked = np.array([1, 3]), np.array([0, 2, 4, 5])
+    weights = np.zeros(6)
+    weights[kept] = [0.5, 2.0]
+    bad = batch.reshape(6, 2).at[masked, 1].set(np.array([np.nan, np.inf, -np.inf, np.nan]))
+    bad_targets = targets.reshape(6).at[masked].set(-1).reshape(batch_axes)
+
+    @quick_jit
+    def everything(batch, targets):
+        data = {"x": batch, "shared": jnp.asarray([np.inf, 1.0]), "count": jnp.arange(6)}
+        model = lambda params, batch: inner(params, batch["x"]) / (1 / batch["shared"])[1]
+        operator = build(
+            curvature, model, case.head, params, data, targets, KEY,
+            weights=weights.reshape(batch_axes), chunk_size=chunk_size,
+            batch_axes={"x": 0, "shared": None, "count": None},
+        )  # fmt: skip
+        return operator.dense(), *operator.value_and_grad(targets)
+
+    matrix, value, gradient = everything(bad.reshape(batch.shape), bad_targets)
+    rows, labels = batch.reshape(6, 2)[kept], targets.reshape(6)[kept]
+    expected = reference(case, inner, params, rows, labels, weights[kept])
+    if curvature == "mc_fisher":
+        expected["mc_fisher"] = everything(batch, targets)[0]
+    assert relative_error(matrix, expected[curvature]) < 1e-11
+    assert relative_error(value, expected["loss"]) < 1e-11
+    assert relative_error(flat(gradient), expected["gradient"]) < 1e-11
+
+
+@every_curvature
+@pytest.mark.parametrize("axis", [1, -1])
+def test_masked_inputs_along_another_axis_leave_no_trace(build, curvature, axis):
+    case = CASES["softmax"]
+    inner, params, batch, targets = problem(case, (6,))
+    weights = np.array([0, 1, 0, 2, 1, 1.0])
+    arguments = case.head, params
+    expected = build(curvature, inner, *arguments, batch, targets, KEY, weights=weights)
+    model = lambda params, x: inner(params, x.T)
+    bad = batch.at[2].set(np.nan).T
+    actual = build(
+        curvature, model, *arguments, bad, targets, KEY, weights=weights, batch_axes=axis
+    )
+    v = vector_like(params)
+    assert relative_error(flat(actual @ v), flat(expected @ v)) < 1e-11
+
+
+def test_finite_inputs_of_masked_rows_still_reach_the_others():
+    """Message passing: a row without weight may be the input of one with it."""
+    case = CASES["softmax"]
+    inner, params, batch, _ = problem(case, (6,))
+    model = lambda params, x: inner(params, jnp.cumsum(x, axis=0))
+    weights = np.array([0, 1, 0, 1, 1, 1.0])
+    actual = fvp.fisher(model, case.head, params, batch, weights=weights).dense()
+    summed = jnp.cumsum(batch, axis=0)
+    expected = fvp.fisher(inner, case.head, params, summed, weights=weights).dense()
+    assert relative_error(actual, expected) < 1e-12
+
+
+@every_curvature
+@pytest.mark.parametrize("chunk_size", [None, 4])
+def test_a_batch_without_any_weight_gives_zero_whatever_it_holds(build, curvature, chunk_size):
+    case = CASES["softmax"]
+    model, params, batch, targets = problem(case, (6,))
+    operator = build(
+        curvature, model, case.head, params, batch * np.nan, targets, KEY,
+        weights=np.zeros(6), chunk_size=chunk_size,
+    )  # fmt: skip
+    for leaf in jax.tree.leaves((operator @ params, operator.value_and_grad(targets))):
+        assert np.array_equal(leaf, np.zeros(leaf.shape))
+
+
+@pytest.mark.parametrize("curvature", ["ggn", "hessian"])
+def test_rows_of_any_sum_have_the_curvature_of_their_nll(build, curvature):
+    """Zeros for "ignore", several hot classes; `fisher` stays that of the model's own labels."""
+    case = CASES["softmax-rows"]
+    model, params, batch, _ = problem(case, (6,))
+    targets = jnp.asarray(
+        [[0, 0, 0], [1, 0, 1], [0.2, 0.1, 0.3], [2, 0.5, 4], [0, 1, 0], [0.2, 0.3, 0.5]]
+    )
+    expected = reference(case, model, params, batch, targets, np.ones(6))
+    operator = build(curvature, model, case.head, params, batch, targets, KEY)
+    value, gradient = operator.value_and_grad(targets)
+    assert relative_error(operator.dense(), expected[curvature]) < 1e-11
+    assert relative_error(value, expected["loss"]) < 1e-12
+    assert relative_error(flat(gradient), expected["gradient"]) < 1e-11
+    fisher = fvp.fisher(model, case.head, params, batch).dense()
+    assert relative_error(fisher, expected["fisher"]) < 1e-11
+
+
+@pytest.mark.parametrize("dtype", [jnp.uint8, jnp.int8])
+def test_narrow_labels_of_many_classes(dtype):
+    """A label's type may hold fewer numbers than there are classes."""
+    rng = np.random.default_rng(0)
+    params, x = jnp.asarray(rng.normal(size=(2, 300))), jnp.asarray(rng.normal(size=(4, 2)))
+    y = jnp.asarray([0, 44, 100, 127])
+    model = lambda w, x: x @ w
+
+    def everything(y):
+        operator = fvp.empirical_fisher(model, fvp.Softmax(), params, x, y)
+        return operator @ params, operator.value_and_grad(y)
+
+    assert relative_error(everything(y.astype(dtype)), everything(y)) < 1e-14
+
+
+@every_curvature
 @pytest.mark.parametrize("name", ["softmax", "gaussian"])
 def test_weights_that_sum_to_zero_give_zero(build, name, curvature):
     case = CASES[name]

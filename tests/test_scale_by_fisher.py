@@ -123,6 +123,31 @@ def test_zero_weight_rows_do_not_reach_the_step():
     assert_close(garbage, p.direction(0.02))
 
 
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"damping": fvp.LevenbergMarquardt(initial=5.0)},
+        {"max_kl": 1e-3},
+        {"line_search": "outputs"},
+        {"solver": "dual", "damping": 0.02},
+    ],
+    ids=str,
+)
+def test_inputs_without_weight_that_are_not_finite_do_not_reach_a_tried_step(options):
+    """Nor its trial: step and state are those of the batch without them."""
+    p, keep = problem(weighted=True), np.asarray(WEIGHTS) > 0
+    tx = scale_by_fisher(**options)
+    bad = jnp.where(keep[:, None], p.batch, jnp.asarray([np.nan, np.inf]))
+    labels = jnp.where(keep, p.targets, -1)
+    subset = {"batch": p.batch[keep], "targets": p.targets[keep], "weights": WEIGHTS[keep]}
+    updates, state = p.step(tx, batch=bad, targets=labels)
+    expected, expected_state = p.step(tx, **subset)
+    assert bool(state.accepted)
+    assert_close(updates, flatten(expected), rtol=1e-7)
+    for name, value in diagnostics(state).items():
+        np.testing.assert_allclose(value, diagnostics(expected_state)[name], rtol=1e-4, atol=1e-9)
+
+
 def test_natural_gradient_is_minus_learning_rate_times_the_direction():
     p = problem()
     for rate in (0.3, lambda count: 0.3 + 0.1 * count):

@@ -459,7 +459,13 @@ def test_halving_search_stops_where_the_loss_rises_again():
 def test_halving_search_where_nothing_is_better():
     length, best = halving_search(lambda a: 5 + a, jnp.asarray(5.0))
     assert float(best) >= 5
-    assert float(length) == 2.0**-20
+    assert float(length) <= 2.0**-20
+
+
+def test_halving_search_goes_on_where_the_step_is_far_too_long():
+    length, best = halving_search(lambda a: (1e20 * a - 1.0) ** 2, jnp.asarray(1.0))
+    assert float(best) < 1
+    assert float(length) < 2e-20
 
 
 @pytest.mark.parametrize("search", ["loss", "outputs"])
@@ -523,3 +529,188 @@ def test_state_is_found_by_name_and_injects():
     )
     _, state = p.step(tx)
     assert bool(optax.tree.get(state, "accepted"))
+
+
+# Steps never freeze in silence -------------------------------------------------------------------
+
+
+@functools.cache
+def linear_softmax(scale):
+    """A model, its loss and its parameters, whose logits are of that size; float32."""
+    rng = np.random.default_rng(0)
+    x = jnp.asarray(rng.normal(size=(64, 8)), jnp.float32)
+    y = jnp.asarray(rng.integers(0, 5, 64))
+    w = jnp.asarray(scale * rng.normal(size=(8, 5)), jnp.float32)
+    model_fn = lambda w, x: x @ w
+    return model_fn, w, x, y, lambda w: fvp.Softmax().nll(model_fn(w, x), y).mean()
+
+
+def follow_steps(tx, scale, count, gradient_of=None, **data):
+    """Losses, verdicts, and the state at the end."""
+    _, w, x, _, loss = linear_softmax(scale)
+
+    def step(carry, _):
+        w, state = carry
+        updates, state = tx.update(jax.grad(gradient_of or loss)(w), state, w, batch=x, **data)
+        w = optax.apply_updates(w, updates)
+        return (w, state), (loss(w), state.accepted)
+
+    run = jax.jit(lambda: jax.lax.scan(step, (w, tx.init(w)), length=count))
+    (_, state), (losses, accepted) = run()
+    return np.asarray(losses), np.asarray(accepted), state
+
+
+@pytest.mark.parametrize("with_targets", [False, True])
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"max_kl": 0.01},
+        {"max_kl": 0.01, "damping": 1e-3},
+        {},
+        {"solver": "dense", "line_search": "loss"},
+    ],
+    ids=str,
+)
+def test_confident_and_wrong_model_keeps_moving(options, with_targets):
+    """Its Fisher is zero to the last digit, and no quadratic model of the KL holds."""
+    model_fn, _, _, y, loss = linear_softmax(1000)
+    if "line_search" in options and not with_targets:
+        pytest.skip("a search needs the loss")
+    tx = fvp.natural_gradient(1.0, model_fn, fvp.Softmax(), **options)
+    data = {"targets": y} if with_targets else {}
+    losses, accepted, state = follow_steps(tx, 1000, 40, **data)
+    assert losses[-1] < 0.8 * loss(linear_softmax(1000)[1])
+    assert accepted[10:].any()
+    assert all(np.all(np.isfinite(leaf)) for leaf in jax.tree.leaves(state))
+
+
+@pytest.mark.parametrize("solver", ["dense", "dual"])
+def test_fisher_of_exactly_zero_is_no_obstacle_to_a_search(solver):
+    model_fn, x, y = lambda w, x: x @ w, jnp.eye(2, dtype=jnp.float32), jnp.array([1, 0])
+    w = jnp.asarray([[200.0, 0.0], [0.0, 200.0]], jnp.float32)
+    head = fvp.Softmax()
+    assert not fvp.fisher(model_fn, head, w, x).dense().any()
+    tx = fvp.natural_gradient(1.0, model_fn, head, solver=solver, line_search="loss")
+    loss = lambda w: head.nll(model_fn(w, x), y).mean()
+    updates, state = tx.update(jax.grad(loss)(w), tx.init(w), w, batch=x, targets=y)
+    assert state.accepted
+    assert loss(w + updates) < 0.6 * loss(w)
+
+
+GRADIENTS_OF = {
+    "a sum": lambda loss: lambda w: 64 * loss(w),
+    "a penalty": lambda loss: lambda w: loss(w) + jnp.sum(w**2),
+    "the reward": lambda loss: lambda w: -loss(w),
+}
+
+
+@pytest.mark.parametrize("kind", GRADIENTS_OF)
+@pytest.mark.parametrize("make", [fvp.scale_by_fisher, fvp.scale_by_kfac])
+def test_gradient_of_another_loss_than_that_of_the_trial_is_reported(make, kind):
+    model_fn, _, _, y, loss = linear_softmax(0.3)
+    sign = lambda tx: optax.chain(tx, optax.scale(-1.0))
+    tx = sign(make(model_fn, fvp.Softmax()))
+    mine = GRADIENTS_OF[kind](loss)
+    _, accepted, state = follow_inner(tx, 3, mine, targets=y)
+    assert not accepted.all()
+    assert bool(state[0].gradient_mismatch)
+
+
+def follow_inner(tx, count, gradient_of, **data):
+    """As `follow_steps`, for a chain."""
+    _, w, x, _, _ = linear_softmax(0.3)
+
+    def step(carry, _):
+        w, state = carry
+        updates, state = tx.update(jax.grad(gradient_of)(w), state, w, batch=x, **data)
+        return (optax.apply_updates(w, updates), state), state[0].accepted
+
+    (w, state), accepted = jax.jit(lambda: jax.lax.scan(step, (w, tx.init(w)), length=count))()
+    return w, np.asarray(accepted), state
+
+
+def test_the_right_gradient_is_never_reported_and_value_fn_serves_any_loss():
+    model_fn, w, _, y, loss = linear_softmax(0.3)
+    tx = fvp.natural_gradient(1.0, model_fn, fvp.Softmax())
+    losses, _, state = follow_steps(tx, 0.3, 30, targets=y)
+    assert losses[-1] < 0.8 * loss(w)
+    assert not bool(state.gradient_mismatch)
+    too_far = fvp.natural_gradient(1e4, model_fn, fvp.Softmax())
+    _, accepted, state = follow_steps(too_far, 0.3, 2, targets=y)
+    assert not accepted.all()
+    assert not bool(state.gradient_mismatch)
+    penalised = lambda w: loss(w) + 0.05 * jnp.sum(w**2)
+    losses, accepted, state = follow_steps(
+        tx, 0.3, 30, penalised, targets=y, value_fn=lambda w, x: penalised(w)
+    )
+    assert accepted[:10].sum() >= 3
+    assert not bool(state.gradient_mismatch)
+
+
+@pytest.mark.parametrize("size", [1e19, 1e25, 1e37])
+@pytest.mark.parametrize("make", ["default", "max_kl", "kfac", "averaged kfac"])
+def test_one_enormous_gradient_leaves_every_state_finite(make, size):
+    model_fn, w, x, y, loss = linear_softmax(0.3)
+    tx = {
+        "default": fvp.scale_by_fisher(model_fn, fvp.Softmax()),
+        "max_kl": fvp.scale_by_fisher(model_fn, fvp.Softmax(), max_kl=0.1, warm_start=True),
+        "kfac": fvp.scale_by_kfac(model_fn, fvp.Softmax()),
+        "averaged kfac": fvp.scale_by_kfac(model_fn, fvp.Softmax(), example_batch=x),
+    }[make]
+    step = jax.jit(lambda g, state, w: tx.update(g, state, w, batch=x, targets=y))
+    state, start = tx.init(w), loss(w)
+    for count in range(8):
+        gradient = jax.grad(loss)(w)
+        gradient = size * gradient if count == 2 else gradient
+        updates, state = step(gradient, state, w)
+        w = w - updates
+        assert all(np.all(np.isfinite(leaf)) for leaf in jax.tree.leaves(state))
+    assert loss(w) < start
+    assert bool(state.accepted)
+
+
+def test_damping_stays_finite_however_often_steps_are_rejected():
+    uphill = lambda loss: lambda w: -loss(w)
+    model_fn, _, _, y, loss = linear_softmax(0.3)
+    for make in (fvp.scale_by_fisher, fvp.scale_by_kfac):
+        _, _, state = follow_inner(
+            optax.chain(make(model_fn, fvp.Softmax()), optax.scale(-1e12)), 120, uphill(loss),
+            targets=y,
+        )  # fmt: skip
+        assert all(np.all(np.isfinite(leaf)) for leaf in jax.tree.leaves(state))
+
+
+# Arguments that can't be -------------------------------------------------------------------------
+
+MODEL, HEAD = lambda w, x: x @ w, fvp.Softmax()
+
+
+@pytest.mark.parametrize(
+    ("error", "words", "call"),
+    [
+        (TypeError, "head.*'softmax'", lambda: fvp.natural_gradient(1.0, MODEL, head="softmax")),
+        (TypeError, r"head.*Softmax\(\)", lambda: fvp.scale_by_fisher(MODEL, fvp.Softmax)),
+        (TypeError, "learning_rate, model_fn", lambda: fvp.natural_gradient(MODEL, HEAD, 1.0)),
+        (TypeError, "model_fn, head", lambda: fvp.scale_by_fisher(HEAD, MODEL)),
+        (TypeError, "model_fn, head", lambda: fvp.scale_by_kfac(HEAD, MODEL)),
+        (TypeError, "head", lambda: fvp.scale_by_kfac(MODEL, "softmax")),
+        (TypeError, "damping.*'lm'", lambda: fvp.scale_by_fisher(MODEL, HEAD, damping="lm")),
+        (TypeError, "damping.*'lm'", lambda: fvp.scale_by_kfac(MODEL, HEAD, damping="lm")),
+        (
+            TypeError,
+            r"damping.*LevenbergMarquardt\(\)",
+            lambda: fvp.scale_by_fisher(MODEL, HEAD, damping=fvp.LevenbergMarquardt),
+        ),
+        (ValueError, "damping", lambda: fvp.scale_by_fisher(MODEL, HEAD, damping=np.nan)),
+        (ValueError, "damping", lambda: fvp.scale_by_fisher(MODEL, HEAD, damping=np.inf)),
+        (ValueError, "damping", lambda: fvp.scale_by_kfac(MODEL, HEAD, damping=-1.0)),
+        (ValueError, "damping", lambda: fvp.scale_by_fisher(MODEL, HEAD, damping=jnp.array(-1.0))),
+        (ValueError, "l2", lambda: fvp.scale_by_fisher(MODEL, HEAD, l2=-1)),
+        (ValueError, "tol", lambda: fvp.scale_by_fisher(MODEL, HEAD, tol=-1e-3)),
+        (ValueError, "max_kl", lambda: fvp.scale_by_fisher(MODEL, HEAD, max_kl=np.nan)),
+        (ValueError, "learning_rate", lambda: fvp.natural_gradient(np.nan, MODEL, HEAD)),
+    ],
+)
+def test_wrong_arguments_raise_where_the_transform_is_made(error, words, call):
+    with pytest.raises(error, match=words):
+        call()

@@ -27,6 +27,7 @@ _SURPRISE = 0.5
 # the step to leave more than this part of the slope on its own batch, because of the damping.
 _SLOW, _FASTER, _REMAINING = 0.99, 0.9, 0.6
 _MOMENTUM = 0.9  # the largest
+_LEAST = 2.0**-30  # first lambda over the norm of the gradient, where F all but vanishes
 _FLOOR = 1e-3  # of the metric (s / mean s + floor)^(5/8)
 
 
@@ -124,7 +125,8 @@ class LevenbergMarquardt:
 
         def first() -> Array:
             curvature = rayleigh().astype(jnp.float32)
-            start = jnp.where(curvature > 0, self.initial * curvature, root * root) / root
+            start = jnp.maximum(self.initial * curvature, _LEAST * root * root)
+            start = jnp.where(curvature > 0, start, root * root) / root
             return jnp.where(jnp.isfinite(start), start, 0).astype(jnp.float32)
 
         held = state.slope != 0
@@ -138,11 +140,7 @@ class LevenbergMarquardt:
             surprise=_MEMORY * state.surprise
             + (1 - _MEMORY) * jnp.where(held, state.expected - kept, 0),
             seen=_MEMORY * state.seen + held,
-            squares=jax.tree.map(
-                lambda s, g: _MEMORY * s + (1 - _MEMORY) * jnp.square(g.astype(s.dtype)),
-                state.squares,
-                gradient,
-            ),
+            squares=_averaged_squares(state.squares, gradient),
         )
         return state, state.factor * root
 
@@ -177,6 +175,8 @@ class LevenbergMarquardt:
         good = known & (error < _TRUSTED)
         wrong = ~(error <= _DISTRUSTED)
         bad = known & wrong
+        # A slope that overflows says nothing about the next one.
+        known_slope = jnp.isfinite(step.slope.astype(jnp.float32)) & jnp.isfinite(step.curvature)
         expected = jnp.clip(1 - step.length * step.curvature / step.slope, -1, 1)
         slow = jnp.where(expected > _REMAINING, _FASTER, _SLOW)
         shrink = jnp.where(self.agrees(state), self.decrease, slow)
@@ -187,9 +187,21 @@ class LevenbergMarquardt:
         change = jnp.where(blamed, self.increase**2, change)
         return state._replace(
             factor=jnp.clip(state.factor * change, 1e-30, 1e30).astype(jnp.float32),
-            slope=jnp.where(accepted, step.slope, 0).astype(jnp.float32),
-            expected=jnp.where(accepted, expected, 0).astype(jnp.float32),
+            slope=jnp.where(accepted & known_slope, step.slope, 0).astype(jnp.float32),
+            expected=jnp.where(accepted & known_slope, expected, 0).astype(jnp.float32),
         )
+
+
+def _averaged_squares(squares: Any, gradient: Any) -> Any:
+    """The running average with one more gradient, within a range where the sum of all is finite."""
+    size = max(1, sum(leaf.size for leaf in jax.tree.leaves(squares)))
+    largest = (float(jnp.finfo(jnp.float32).max) / (4 * size)) ** 0.5
+
+    def average(s: Array, g: Array) -> Array:
+        g = jnp.clip(g.astype(s.dtype), -largest, largest)
+        return _MEMORY * s + (1 - _MEMORY) * jnp.square(g)
+
+    return jax.tree.map(average, squares, gradient)
 
 
 def _five_eighths(x: Array) -> Array:

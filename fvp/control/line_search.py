@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 from jax import Array
 
-HALVINGS = 20
+HALVINGS, FURTHER = 20, 100
 
 
 def halving_search(loss: Callable[[Array], Array], before: Array) -> tuple[Array, Array]:
@@ -16,7 +16,8 @@ def halving_search(loss: Callable[[Array], Array], before: Array) -> tuple[Array
 
     Lengths are halved until the loss is below ``before`` and half the length would make it larger:
     mostly two evaluations of ``loss(length)``. Values that are not finite count as infinite. Where
-    nothing down to 2^-20 is below ``before``, the best of all.
+    nothing down to 2^-20 is below ``before``, sixteenths are taken, to 2^-100: the step is then far
+    too long, as where the curvature vanishes. Where nothing is below ``before``, the best of all.
     """
 
     def evaluate(length: Array) -> Array:
@@ -25,13 +26,14 @@ def halving_search(loss: Callable[[Array], Array], before: Array) -> tuple[Array
 
     def unfinished(carry: tuple[Array, Array, Array, Array]) -> Array:
         length, _, best, better = carry
-        return ((best >= before) | better) & (length > 2.0**-HALVINGS)
+        return ((best >= before) | better) & (length > 2.0**-FURTHER)
 
     def halve(carry: tuple[Array, Array, Array, Array]) -> tuple[Array, Array, Array, Array]:
         length, at, best, _ = carry
-        length = 0.5 * length
+        far = (best >= before) & (length <= 2.0**-HALVINGS)
+        length = jnp.where(far, 0.0625, 0.5) * length
         value = evaluate(length)
-        better = value < best
+        better = value <= best  # of equal ones the shortest: a flat loss says nothing of length
         return length, jnp.where(better, length, at), jnp.where(better, value, best), better
 
     one = jnp.ones((), jnp.float32)

@@ -9,7 +9,7 @@ from fvp.control.record import Outcome, Step
 
 _TRUSTED, _DISTRUSTED = 0.75, 0.25
 _FALL, _RISE, _REJECTED = 0.5, 2.0, 4.0  # what damping is multiplied by
-_SMALLEST = 1e-8
+_SMALLEST, _LARGEST = 1e-8, 1e30
 
 
 def adapted_damping(damping: Array, step: Step, outcome: Outcome, accepted: Array) -> Array:
@@ -23,4 +23,4 @@ def adapted_damping(damping: Array, step: Step, outcome: Outcome, accepted: Arra
     ratio = 1 - outcome.error / predicted
     change = jnp.where(ratio > _TRUSTED, _FALL, jnp.where(ratio < _DISTRUSTED, _RISE, 1.0))
     change = jnp.where(outcome.rounding < predicted, change, 1.0)
-    return jnp.maximum(damping * jnp.where(accepted, change, _REJECTED), _SMALLEST)
+    return jnp.clip(damping * jnp.where(accepted, change, _REJECTED), _SMALLEST, _LARGEST)

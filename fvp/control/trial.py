@@ -20,6 +20,8 @@ from fvp.heads import Head
 from fvp.mesh import AxisName, sum_over
 from fvp.numerics import widen
 
+_LEAST = 1e-4  # of the predicted reduction (J. Nocedal, S. Wright, Numerical optimization, 4.1)
+
 
 def mean_nll(head: Head, z: Array, targets: Any, weights: Any, axis_name: AxisName) -> Array:
     """The loss sum_i w_i nll_i / sum_i w_i of the outputs ``z``."""
@@ -38,11 +40,16 @@ def mean_kl(head: Head, z: Array, z_new: Array, weights: Any, axis_name: AxisNam
 
 
 def loss_outcome(step: Step, before: Array, loss: Callable[[Array], Array]) -> Outcome:
-    """Holds the reduction of the loss against the model's; ``loss(length)`` is at the new point."""
+    """Holds the reduction of the loss against the model's; ``loss(length)`` is at the new point.
+
+    Worse is a loss that rose, and one that did not move where the model sees it fall: the step then
+    went where the loss is flat, or belongs to another loss, and its length means nothing.
+    """
     after = loss(step.length)
     reduction = before - after
     rounding = 4 * jnp.finfo(after.dtype).eps * (jnp.abs(before) + jnp.abs(after))
-    worse = ~(reduction >= -rounding) | ~jnp.isfinite(after)
+    flat = (step.reduction > rounding) & (reduction < _LEAST * step.reduction)
+    worse = ~(reduction >= -rounding) | flat | ~jnp.isfinite(after)
     return Outcome(step.reduction - reduction, rounding, worse)
 
 

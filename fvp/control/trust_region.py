@@ -9,6 +9,8 @@ import jax
 import jax.numpy as jnp
 from jax import Array
 
+_CORRECTIONS, _HALVINGS = 12, 60
+
 
 def length_within_kl(
     predicted: Array, max_kl: Any, exact: Callable[[Array], Array] | None, *, constant: bool
@@ -17,7 +19,8 @@ def length_within_kl(
 
     With the prediction a^2 * predicted, predicted = 1/2 s^T F s, it is sqrt(max_kl / predicted).
     Where the exact divergence can be evaluated, a is corrected by the square root of their quotient
-    until the two agree to 5%, and halved while the divergence is more than that above the bound.
+    until the two agree to 5%, and halved while the divergence is more than that above the bound,
+    to 2^-60: where a confident model is wrong, 1/2 s^T F s may be far too small.
 
     Args:
       predicted: scalar, 1/2 s^T F s.
@@ -26,7 +29,7 @@ def length_within_kl(
       constant: lengthen short steps as well.
 
     Returns:
-      a; at most 1 unless ``constant``.
+      a; at most 1 unless ``constant``; 0 where no length is within the bound.
 
     Reference:
       S. Kakade, A natural policy gradient, 2001; J. Schulman et al., Trust region policy
@@ -46,7 +49,8 @@ def length_within_kl(
     def unfinished(carry: tuple[Array, Array, Array]) -> Array:
         length, kl, trials = carry
         long, short = ~(kl <= 1.03 * bound), kl < 0.9 * bound
-        return (trials < 12) & (length > 0) & (long | (short & (length < longest)))
+        lengthen = short & (length < longest) & (trials < _CORRECTIONS)
+        return (length > 0) & ((long & (trials < _HALVINGS)) | lengthen)
 
     def shorten(carry: tuple[Array, Array, Array]) -> tuple[Array, Array, Array]:
         length, kl, trials = carry

@@ -17,8 +17,11 @@ from fvp.curvature.chunking import ChunkedPiece, split_chunks, take_chunk
 from fvp.curvature.metrics import Examples, example_indices
 from fvp.curvature.operator import CurvatureOperator
 from fvp.curvature.pieces import example_weights, total_weight
+from fvp.curvature.presence import without_absent
 from fvp.heads import Head
+from fvp.heads.head import check_head
 from fvp.mesh import AxisName, check_axis_name, row_axes, shard_count, to_local
+from fvp.model import Model, close_model
 from fvp.numerics import wide_dtype
 
 MakePiece = Callable[[Callable[[Any], Array], Head, Any, Examples], Any]
@@ -29,6 +32,7 @@ MakePiece = Callable[[Callable[[Any], Array], Head, Any, Examples], Any]
 class Regrouped:
     """A batch and its examples, regrouped into chunks, beside what all chunks share."""
 
+    model: Model
     head: Head
     params: Any
     batch_leaves: list[Any]
@@ -38,11 +42,15 @@ class Regrouped:
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Source:
-    """The model and the data that an operator was linearised at."""
+    """The model and the data that an operator was linearised at.
+
+    The leaves of ``batch`` are arrays alone, and ``model_fn`` is a pytree of arrays: both cross
+    ``jit``. Inputs of examples without weight are finite.
+    """
 
     params: Any
     batch: Any
-    model_fn: Callable[[Any, Any], Array] = dataclasses.field(metadata={"static": True})
+    model_fn: Model
     batch_axes: tuple[int | None, ...] | None = dataclasses.field(metadata={"static": True})
 
 
@@ -51,7 +59,6 @@ class ChunkRecipe:
     """Static: how the piece of one chunk is made."""
 
     make_piece: MakePiece
-    model_fn: Callable[[Any, Any], Array]
     batch_structure: Any
     batch_axes: tuple[int | None, ...]
 
@@ -66,7 +73,7 @@ class ChunkRecipe:
             lambda x: take_chunk(x, i), (examples.targets, examples.weights, examples.indices)
         )
         chunk = Examples(targets, weights, examples.keys, indices)
-        model = lambda params: self.model_fn(params, batch)
+        model = lambda params: data.model(params, batch)
         return self.make_piece(model, data.head, data.params, chunk)
 
 
@@ -82,33 +89,29 @@ def build_operator(
     axis_name: AxisName,
 ) -> CurvatureOperator:
     """Checks the arguments and linearises, compiled when called eagerly."""
-    if not callable(model_fn):
-        raise TypeError(f"model_fn: expected model_fn(params, batch) -> z, got {model_fn!r}.")
-    if not isinstance(head, Head):
-        raise TypeError(
-            f"head: expected a head such as fvp.Softmax(), got {head!r} (an instance, not a class)."
-        )
+    model, batch = close_model(model_fn, batch)
+    check_head(head)
     params = to_local(check_inexact_tree(params, "params"), axis_name, "params")
     if chunk_size is None:
         # Products need no axes, so that 0 may stand for what a leaf lacks, and inject_hyperparams
         # may have made an array of it.
         default = isinstance(batch_axes, jax.Array) or batch_axes == 0
         axes = None if default else _leaf_axes(batch, batch_axes)
-        return _build_whole(make_piece, model_fn, axis_name, axes, head, params, batch, examples)
+        return _build_whole(make_piece, model, axis_name, axes, head, params, batch, examples)
     check_positive_int(chunk_size, "chunk_size")
     axes = _leaf_axes(batch, batch_axes)
     count = _example_count(batch, axes)
     if chunk_size >= count:
-        return _build_whole(make_piece, model_fn, axis_name, axes, head, params, batch, examples)
+        return _build_whole(make_piece, model, axis_name, axes, head, params, batch, examples)
     return _build_chunked(
-        make_piece, model_fn, axis_name, axes, count, chunk_size, head, params, batch, examples
+        make_piece, model, axis_name, axes, count, chunk_size, head, params, batch, examples
     )
 
 
 @compiled_when_eager
 def _build_whole(
     make_piece: MakePiece,
-    model_fn: Callable[[Any, Any], Array],
+    model: Model,
     axis_name: AxisName,
     axes: tuple[int | None, ...] | None,
     head: Head,
@@ -116,18 +119,19 @@ def _build_whole(
     batch: Any,
     examples: Examples,
 ) -> CurvatureOperator:
-    piece = make_piece(lambda params: model_fn(params, batch), head, params, examples)
+    batch = without_absent(model, head, params, batch, axes, examples.weights)
+    piece = make_piece(lambda params: model(params, batch), head, params, examples)
     check_axis_name(params, piece.output)
     shape = head.batch_shape(piece.output)
     total = total_weight(piece.weights, piece.output, shape, axis_name)
-    source = Source(params, batch, model_fn, axes)
+    source = Source(params, batch, model, axes)
     return CurvatureOperator.of(piece, total, math.prod(shape), params, axis_name, source)
 
 
 @compiled_when_eager
 def _build_chunked(
     make_piece: MakePiece,
-    model_fn: Callable[[Any, Any], Array],
+    model: Model,
     axis_name: AxisName,
     axes: tuple[int | None, ...],
     count: int,
@@ -137,6 +141,7 @@ def _build_chunked(
     batch: Any,
     examples: Examples,
 ) -> CurvatureOperator:
+    batch = without_absent(model, head, params, batch, axes, examples.weights)
     leaves, structure = jax.tree.flatten(batch)
     leaves = [jnp.asarray(leaf) for leaf in leaves]
     pairs = list(zip(leaves, axes, strict=True))
@@ -144,7 +149,7 @@ def _build_chunked(
     rows = next(filter(None, split_over), None)
     local_count = count // shard_count(rows)
     number = -(-local_count // max(1, chunk_size // shard_count(rows)))
-    z = jax.eval_shape(model_fn, params, batch)
+    z = jax.eval_shape(lambda *args: model(*args), params, batch)
     head.check_outputs(z)
     check_axis_name(params, z)
     if z.shape[0] != count:
@@ -167,8 +172,8 @@ def _build_chunked(
         indices=split(example_indices(count, examples.shard)),
     )
     leaves = [leaf if axis is None else split(leaf, axis=axis) for leaf, axis in pairs]
-    data = Regrouped(head, params, leaves, regrouped)
-    recipe = ChunkRecipe(make_piece, model_fn, structure, axes)
+    data = Regrouped(model, head, params, leaves, regrouped)
+    recipe = ChunkRecipe(make_piece, structure, axes)
     piece = ChunkedPiece(data, count, number, rows, recipe)
     total = total_weight(weights, z, shape, axis_name)
     return CurvatureOperator.of(piece, total, math.prod(shape), params, axis_name)

@@ -14,7 +14,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import Array
-from jax.extend.core import ClosedJaxpr, Jaxpr, Literal, jaxpr_as_fun
+from jax.extend.core import Jaxpr, Literal, jaxpr_as_fun
 
 from fvp.compatibility import JIT, bind
 
@@ -44,7 +44,7 @@ def _is_jit(equation: Any) -> bool:
     return equation.primitive.name in JIT
 
 
-def _evaluate(closed: ClosedJaxpr, args: list[Any]) -> list[Any]:
+def _evaluate(closed: Any, args: list[Any]) -> list[Any]:
     """The values of ``closed``, one equation after the other."""
     jaxpr = closed.jaxpr
     values = dict(zip([*jaxpr.constvars, *jaxpr.invars], [*closed.consts, *args], strict=True))

@@ -10,6 +10,14 @@ import jax
 
 from fvp.curvature.convolutions import fast_convolutions
 
+_NOT_TRANSPOSABLE = (
+    "model_fn: its backward pass can't be transposed, which is how J v is made of it. Every"
+    " operation of a backward pass, those of a custom_vjp rule too, has to be linear in the"
+    " cotangent and transposable: no jnp.isnan or other test of the cotangent, no callback, no"
+    " while_loop over it. Give the function a custom_jvp rule instead, or keep such operations to"
+    " the residuals."
+)
+
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
@@ -33,7 +41,10 @@ class Linearization:
         """J v; ``v`` like the parameters."""
         # The pullback returns a one-tuple, and so its transpose takes and returns one.
         transpose = lambda v: jax.linear_transpose(self.pullback, self.output)((v,))
-        (u,) = fast_convolutions(transpose)(v)
+        try:
+            (u,) = fast_convolutions(transpose)(v)
+        except (AssertionError, NotImplementedError, ValueError) as error:
+            raise TypeError(_NOT_TRANSPOSABLE) from error
         return u
 
     def vjp(self, u: Any) -> Any:

@@ -13,9 +13,10 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from jax import Array
+from jax.sharding import PartitionSpec
 
 from fvp.heads import Head
-from fvp.mesh import row_axes, shard_rows
+from fvp.mesh import auto_sharded, row_axes, shard_rows
 from fvp.numerics import widen
 
 
@@ -116,4 +117,7 @@ def monte_carlo_metric(head: Head, z: Array, examples: Examples) -> ScoreMetric:
 
     per_example = jax.vmap(score, in_axes=(None, 0, 0))
     per_sample = jax.vmap(per_example, in_axes=(0, None, None))
-    return ScoreMetric(per_sample(examples.keys, indices, widen(z)), head.event_ndim)
+    # Up to jax 0.9 a vmapped draw knows nothing of Explicit axes.
+    spec = PartitionSpec(None, *getattr(jax.typeof(z).sharding, "spec", ()))
+    scores = auto_sharded(per_sample, examples.keys, indices, widen(z), specs=spec)
+    return ScoreMetric(scores, head.event_ndim)

@@ -104,8 +104,25 @@ class CurvatureOperator:
         """
         return _value_and_grad(self, targets)
 
-    def dense(self) -> Array:
-        """The (P, P) matrix in ``ravel_pytree`` order; memory P^2, for small P."""
+    def dense(self, *, max_bytes: float = 2.0**33) -> Array:
+        """The (P, P) matrix in ``ravel_pytree`` order, for small P.
+
+        Args:
+          max_bytes: most memory that the matrix may take, eight GiB.
+
+        Raises:
+          ValueError: naming the bytes of a larger matrix.
+        """
+        shapes = self.template[1]
+        size = sum(math.prod(shape.shape) for shape in shapes)
+        dtypes = [shape.dtype for shape in shapes]
+        wanted = size**2 * (jnp.result_type(*dtypes).itemsize if dtypes else 0)
+        if wanted > max_bytes:
+            raise ValueError(
+                f"dense: the ({size}, {size}) matrix would take {wanted:,} bytes"
+                f" ({wanted / 2**30:.1f} GiB), more than max_bytes={max_bytes:,.0f}; multiply by"
+                " the operator instead, F @ v, or pass a larger max_bytes."
+            )
         return _dense(self)
 
     def _like(self) -> Any:
@@ -113,9 +130,10 @@ class CurvatureOperator:
         return jax.tree.unflatten(structure, shapes)
 
     def _mean(self, tree: Any) -> Any:
-        total = sum_over(tree, self.axis_name)
-        mean = jax.tree.map(lambda x: widen(x) / (self.total * self.scale), total)
-        return cast_like(mean, tree)
+        # Where all weights are zero the total is infinite, and nothing that was summed counts.
+        none = self.total == jnp.inf
+        mean = lambda x: jnp.where(none, 0, widen(x) / (self.total * self.scale))
+        return cast_like(jax.tree.map(mean, sum_over(tree, self.axis_name)), tree)
 
     def __repr__(self) -> str:
         size = sum(math.prod(leaf.shape) for leaf in self.template[1])

@@ -45,18 +45,23 @@ def fisher(
     Hessian of the loss once the model fits the data.
 
     Args:
-      model_fn: pure function ``model_fn(params, batch) -> z``.
+      model_fn: pure function ``model_fn(params, batch) -> z``: a function, or a pytree that is
+        callable, such as a ``jax.tree_util.Partial`` or a module, whose arrays are held fixed.
       head: output distribution, such as ``fvp.Softmax()``.
       params: pytree of floating-point arrays; ``None`` leaves are allowed.
-      batch: pytree that ``model_fn`` reads.
-      weights: one weight per example, shape = batch axes of z or broadcastable to it; a zero
-        removes its row whatever the row holds. ``None`` means equal weights.
+      batch: pytree that ``model_fn`` reads; leaves that are not arrays are static.
+      weights: one weight per example, shape = batch axes of z or broadcastable to it, in one way:
+        one weight for each of B examples of (B, T) batch axes is ``weights[:, None]``. A zero
+        removes its row, whatever its targets and outputs hold; inputs of it that are not finite
+        are replaced by those of a row with weight, in floating-point leaves of ``batch`` whose
+        example axis is as long as that of z. Its finite inputs still pass through the model, which
+        has to be differentiable there. ``None`` means equal weights.
       chunk_size: examples linearised at a time. ``None`` stores the residuals of the whole batch
         (fast); a number recomputes them inside each product (small). The result is the same as
         long as the model treats examples independently.
       batch_axes: where the example axis of each leaf of ``batch`` is, in the form of the
         ``in_axes`` of ``jax.vmap``; ``None`` marks leaves shared by all examples. Read only with
-        ``chunk_size``.
+        ``chunk_size`` or ``weights``.
       axis_name: inside ``jax.shard_map`` (or a named ``vmap``), the mesh axis or axes that the
         batch is split over, so that the weighted mean is over all devices. Under ``jit`` with
         sharded arrays leave it None.
@@ -101,7 +106,8 @@ def ggn(
     r"""Generalised Gauss-Newton matrix, G = sum_i w_i J_i^T [d^2 nll_i / dz^2] J_i / sum_i w_i.
 
     The Hessian of the loss with the model replaced by its linearisation. For heads over natural
-    parameters, which all heads of this library are, the targets cancel and G equals the Fisher.
+    parameters, which all heads of this library are, the targets cancel and G equals the Fisher;
+    rows of :class:`fvp.Softmax` targets that do not sum to one count by their sum.
 
     Args, returns, raises: as :func:`fvp.fisher`, and ``targets``, the labels that the head's
     ``nll`` takes.

@@ -96,20 +96,16 @@ def capture(
 ) -> Capture:
     """Traces ``model_fn`` and evaluates it once, with a tap at every use of every parameter."""
     leaves, structure = jax.tree.flatten(params)
-    flat, batch_structure = jax.tree.flatten(batch)
-    is_data = [isinstance(leaf, (jax.Array, np.ndarray, np.generic, float)) for leaf in flat]
-    inputs = [leaf for leaf, data in zip(flat, is_data, strict=True) if data]
+    inputs, batch_structure = jax.tree.flatten(batch)
 
     def flat_model(leaves: Any, inputs: Any) -> Any:
-        params, rest = jax.tree.unflatten(structure, leaves), iter(inputs)
-        merged = [next(rest) if data else leaf for leaf, data in zip(flat, is_data, strict=True)]
-        return model_fn(params, jax.tree.unflatten(batch_structure, merged))
+        params = jax.tree.unflatten(structure, leaves)
+        return model_fn(params, jax.tree.unflatten(batch_structure, inputs))
 
     closed, out = jax.make_jaxpr(flat_model, return_shape=True)(leaves, inputs)
     head.check_outputs(out)
     counts = head.batch_shape(out)
-    seeds = zip(_seeds(batch, batch_axes, counts), is_data, strict=True)
-    places = [place for place, data in seeds if data]
+    places = _seeds(batch, batch_axes, counts)
 
     def evaluate(taps: Any) -> tuple[Value, list[Record]]:
         interpreter = Interpreter(counts, taps)
@@ -199,8 +195,7 @@ def _seeds(batch: Any, batch_axes: Any, counts: Sequence[int]) -> list[tuple[Any
     )
     places = []
     for leaf, axis in zip(jax.tree.leaves(batch), axes, strict=True):
-        shape: tuple[int, ...] = getattr(leaf, "shape", ())
-        row = []
+        shape, row = jnp.shape(leaf), []
         for number, count in enumerate(counts):
             dim = axis if number == 0 else (None if axis not in (0, None) else number)
             if dim is None or not -len(shape) <= dim < len(shape) or shape[dim] != count:

@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import Array
 from jax.core import Tracer
-from jax.extend.core import ClosedJaxpr, jaxpr_as_fun
+from jax.extend.core import jaxpr_as_fun
 
 from fvp.compatibility import bind
 from fvp.numerics import widen
@@ -20,9 +20,7 @@ CUSTOM_RULES = ("custom_jvp_call", "custom_vjp_call")
 _SCALES = (1.0, 10.0, 100.0)  # of the arguments: a rule may clip what is far out only
 
 
-def rule_is_of_body(
-    eqn: Any, body: ClosedJaxpr, operands: Sequence[Any], varies: Sequence[bool]
-) -> bool:
+def rule_is_of_body(eqn: Any, body: Any, operands: Sequence[Any], varies: Sequence[bool]) -> bool:
     """Whether a ``custom_jvp`` or ``custom_vjp`` call differentiates as its body does.
 
     Where its rule is the derivative of its body, as that of a fused layer or of a stable formula,

@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from fvp.compatibility import bind
-from fvp.layers.values import Value
+from fvp.layers.values import Node, Value
 from fvp.layers.views import Function, View
 
 
@@ -32,14 +32,14 @@ def derived(value: Value) -> tuple[View, ...] | None:
                 return None
             points = local if base in local else [base]
             function = _replayed(value, steps, points)
-            names = tuple(dict.fromkeys(step.node.equation.primitive.name for step in steps))
+            names = tuple(dict.fromkeys(node.equation.primitive.name for _, node in steps))
             arguments = tuple(other.point for other in points)
             op = Function(function, arguments, points.index(base), names)
             views.append(view.absorbed().then(("function", op), value.x.shape))
     return tuple(views)
 
 
-def _ancestors(value: Value) -> tuple[list[Value], list[Value]]:
+def _ancestors(value: Value) -> tuple[list[tuple[Value, Node]], list[Value]]:
     """The values on the way to ``value``, in order, and those that they start from."""
     found: dict[int, Value] = {}
     waiting = [value]
@@ -50,20 +50,18 @@ def _ancestors(value: Value) -> tuple[list[Value], list[Value]]:
         found[id(v)] = v
         if v.node is not None:
             waiting += v.node.inputs
-    steps = [v for v in found.values() if v.node is not None]
-    steps.sort(key=lambda v: v.node.serial)  # pyright: ignore[reportOptionalMemberAccess]
+    steps = [(v, v.node) for v in found.values() if v.node is not None]
+    steps.sort(key=lambda step: step[1].serial)
     return steps, [v for v in found.values() if v.node is None]
 
 
-def _replayed(value: Value, steps: Sequence[Value], bases: Sequence[Value]) -> Any:
+def _replayed(value: Value, steps: Sequence[tuple[Value, Node]], bases: Sequence[Value]) -> Any:
     """``value`` as a function of the values that it starts from."""
 
     def function(*arguments: Any) -> Any:
         env = {id(base): x for base, x in zip(bases, arguments, strict=True)}
         read = lambda v: env.get(id(v), v.x)
-        for step in steps:
-            node = step.node
-            assert node is not None
+        for step, node in steps:
             env[id(step)] = bind(node.equation, [read(v) for v in node.inputs])[node.output]
         return env[id(value)]
 

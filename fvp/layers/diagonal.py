@@ -15,12 +15,14 @@ from fvp.checks import check_inexact_tree, check_positive_int
 from fvp.compilation import compiled_when_eager
 from fvp.curvature.linearization import Linearization
 from fvp.heads import Head
+from fvp.heads.head import check_head
 from fvp.layers.columns import check_not_negative, columns_of
 from fvp.layers.groups import Rows
 from fvp.layers.report import check_fallback
 from fvp.layers.rows import CHUNK, LayerRows, layer_rows
 from fvp.layers.squares import squared
 from fvp.mesh import auto_sharded
+from fvp.model import close_model
 from fvp.numerics import cast_like, widen
 
 
@@ -83,7 +85,9 @@ def fisher_diagonal(
     check_positive_int(num_samples, "num_samples")
     check_fallback(fallback)
     check_not_negative(weights)
+    check_head(head)
     params = check_inexact_tree(params, "params")
+    model_fn, batch = close_model(model_fn, batch)
     axes, structure = jax.tree.flatten(batch_axes, is_leaf=lambda axis: axis is None)
     static = ((structure, tuple(axes)), num_samples, fallback)
     return _diagonal(model_fn, static, head, params, batch, weights, key)

@@ -16,9 +16,10 @@ from jax.flatten_util import ravel_pytree
 from jax.sharding import Mesh
 from jax.typing import ArrayLike
 
-from fvp.checks import check_inexact_tree, check_like, check_positive_int
+from fvp.checks import check_inexact_tree, check_like, check_nonnegative, check_positive_int
 from fvp.compilation import compiled_when_eager
 from fvp.heads import Head
+from fvp.heads.head import check_head
 from fvp.layers.columns import check_not_negative
 from fvp.layers.diagonal import squared_rows
 from fvp.layers.factors import (
@@ -32,6 +33,7 @@ from fvp.layers.layouts import Layout
 from fvp.layers.report import Coverage, check_fallback, coverage_of
 from fvp.layers.rows import layer_rows
 from fvp.mesh import auto_sharded, share_out
+from fvp.model import close_model
 from fvp.numerics import cast_like, widen
 
 
@@ -83,8 +85,7 @@ class KFAC:
         """
         if rule not in DAMPING_RULES:
             raise ValueError(f"rule: expected one of {DAMPING_RULES}, got {rule!r}.")
-        if isinstance(damping, (int, float)) and not 0 <= damping < math.inf:
-            raise ValueError(f"damping: expected 0 or more, got {damping}.")
+        check_nonnegative(damping, "damping")
         if isinstance(damping, (int, float)) and damping == 0 and self._is_singular():
             raise ValueError(
                 "damping: the factored curvature is singular and has no inverse at 0; pass a"
@@ -231,8 +232,8 @@ def kfac(
     for the columns of S, S S^T = F_R. The layers are found by tracing ``model_fn``: dense layers in
     any layout, convolutions, lookups, biases, scales. Equal to the Fisher's diagonal block for one
     example without weight sharing, and for deep linear networks with a Gaussian head. Scales and
-    biases that belong to no layer have their exact block. The inputs of an embedding have a
-    diagonal factor.
+    biases that belong to no layer have their exact block; one of several axes that is used as it is
+    has an exact block for each row of its last. The inputs of an embedding have a diagonal factor.
 
     Args:
       model_fn: pure function ``model_fn(params, batch) -> z``.
@@ -240,7 +241,7 @@ def kfac(
       params: pytree of floating-point arrays.
       batch: pytree that ``model_fn`` reads.
       targets: the data's labels, for the factors of the empirical Fisher.
-      weights: one weight per example, shape = batch axes of z or broadcastable to it.
+      weights: one weight of 0 or more per example, shape = batch axes of z or broadcastable to it.
       key: a ``jax.random`` key, for factors from labels drawn from the model; None is exact.
       num_samples: labels drawn for each example with a ``key``.
       weight_sharing: where a weight is used R times in an example, "expand" treats its uses as
@@ -282,7 +283,9 @@ def kfac(
         raise ValueError(f"weight_sharing: expected {expected}, got {weight_sharing!r}.")
     if targets is not None and key is not None:
         raise ValueError("targets, key: kfac takes one of the two, got both.")
+    check_head(head)
     params = check_inexact_tree(params, "params")
+    model_fn, batch = close_model(model_fn, batch)
     axes, structure = jax.tree.flatten(batch_axes, is_leaf=lambda axis: axis is None)
     static = ((structure, tuple(axes)), num_samples, weight_sharing, eigenvalue_corrected, fallback)
     return _build(model_fn, static, head, params, batch, targets, weights, key)

@@ -10,9 +10,9 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-from jax.extend.core import ClosedJaxpr, Literal
+from jax.extend.core import Literal
 
-from fvp.compatibility import JIT, scan_counts
+from fvp.compatibility import JIT, ClosedJaxpr, scan_counts
 from fvp.layers.place_rules import ELEMENTWISE, RULES, AnyPlace, Mixed, Place, join
 
 CALLS = frozenset(
@@ -40,7 +40,7 @@ def propagate(eqn: Any, places: Sequence[AnyPlace], count: int) -> list[AnyPlace
         if isinstance(place, Mixed):
             return [place] * outputs
     # Inside a step that is one example's own nothing can mix.
-    if name in ELEMENTWISE or any(place.dim < 0 for place in places if place is not None):
+    if name in ELEMENTWISE or any(place.dim < 0 for place in places if isinstance(place, Place)):
         joined: AnyPlace = None
         for place in places:
             joined = join(joined, place, name)

@@ -14,7 +14,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-Window = tuple[tuple[int, int | None, int], ...]  # start, stop and step on each axis
+Window = tuple[tuple[int | None, int | None, int], ...]  # start, stop and step on each axis
 
 
 @dataclasses.dataclass(frozen=True, eq=False)

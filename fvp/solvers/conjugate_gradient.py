@@ -10,6 +10,9 @@ Differences from the textbook, and why:
   iterate and is reported. Positive means above rounding: 4 eps times the largest curvature met,
   free of the size.
 - Inner products never flatten a leaf: sharded leaves stay as they are.
+- The residual that the recurrence carries drifts from the true one, by up to about eps times the
+  number of iterations times |A| times the largest |x| met (Greenbaum 1997). Where that could matter
+  to the tolerance, "converged" is not believed before the true residual says so as well.
 """
 
 from __future__ import annotations
@@ -23,7 +26,7 @@ from jax import Array
 from jax.core import Tracer
 from jax.typing import ArrayLike
 
-from fvp.checks import check_inexact_tree, check_like
+from fvp.checks import check_inexact_tree, check_like, check_nonnegative
 from fvp.compilation import compiled_when_eager
 from fvp.numerics import (
     cast_like,
@@ -44,8 +47,10 @@ class CGInfo(NamedTuple):
 
     Attributes:
       iterations: int32, products spent in the loop.
-      residual_norm: norm of rhs - (A + damping I) x, as the recurrence carries it.
-      converged: bool, the residual or the progress test was met.
+      residual_norm: norm of rhs - (A + damping I) x; the true one where the solve converged and
+        rounding could have parted the two, else as the recurrence carries it.
+      converged: bool, the residual or the progress test was met; the former not only by the
+        recurrence.
       breakdown: bool, a non-finite value or a curvature that is not positive was met.
       model_value: 1/2 x^T (A + damping I) x - rhs^T x.
       curvature: x^T A x, without the damping.
@@ -76,6 +81,9 @@ class _Carry(NamedTuple):
     history: Array  # ring buffer of phi
     converged: Array
     breakdown: Array
+    checking: Array  # the next product is by x, for the true residual
+    checked: Array  # residual . residual of the last such product
+    stalled: Array  # it did not fall any more
 
 
 def cg(
@@ -91,6 +99,12 @@ def cg(
     progress_tol: ArrayLike = 0.0,
 ) -> tuple[Any, CGInfo]:
     """Solves (A + damping I) x = rhs for a symmetric positive definite A + damping I.
+
+    Where rounding could have parted the residual of the recurrence from the true one (mostly in
+    float32; at ill-conditioned A; at an ``x0`` far off), one product more tells at the end
+    whether the tolerance is met. If not, the solve goes on from the true residual, until it
+    is, or until a second check finds it hardly smaller: the dtype then holds no better x, and
+    ``converged`` is False. ``tol=0`` with ``atol=0`` is never checked.
 
     Args:
       operator: a curvature operator, or any linear callable ``v -> A v`` on trees like ``rhs``.
@@ -111,7 +125,7 @@ def cg(
       good iterate, zeros at worst.
 
     Raises:
-      ValueError: for trees that do not fit ``rhs``, or a negative ``maxiter``.
+      ValueError: for trees that do not fit ``rhs``, or numbers that are negative or not finite.
       TypeError: for leaves that are not floating-point.
 
     Example:
@@ -128,6 +142,10 @@ def cg(
     limit, window = iteration_limit(rhs, maxiter)
     if isinstance(progress_tol, (int, float)) and progress_tol == 0:
         window = 0
+    options = {"damping": damping, "tol": tol, "atol": atol, "progress_tol": progress_tol}
+    for name, value in options.items():
+        check_nonnegative(value, name)
+    verify = not all(isinstance(value, (int, float)) and value == 0 for value in (tol, atol))
     x0 = None if x0 is None else check_like(x0, rhs, "x0", "rhs")
     for name, linear_map in (("operator", operator), ("M", M)):
         if not (callable(linear_map) or hasattr(linear_map, "mv") or linear_map is M is None):
@@ -137,7 +155,9 @@ def cg(
     # A function may read state that changes between calls, so it is never compiled for later calls.
     opaque = any(callable(leaf) for leaf in jax.tree.leaves((operator, M)))
     solve = solve_in_metric if opaque else _solve_compiled
-    return solve(operator, M, None, rhs, damping, x0, tol, atol, limit, window, progress_tol)
+    return solve(
+        operator, M, None, rhs, damping, x0, tol, atol, limit, window, progress_tol, verify
+    )
 
 
 def solve_in_metric(
@@ -152,13 +172,15 @@ def solve_in_metric(
     limit: Any,
     window: int,
     progress_tol: Any,
+    verify: bool = False,
 ) -> tuple[Any, CGInfo]:
     """The solve of :func:`cg`, of A + damping D for the diagonal D = ``metric``; None is I.
 
     Conjugate gradients for y = D^(1/2) x, in (D^(-1/2) A D^(-1/2) + damping I) y = D^(-1/2) rhs:
     the same as preconditioning with D, at an inner product less per iteration. The iterate and the
     direction are kept as x = D^(-1/2) y, which A multiplies; the residual, the norms and M are
-    those of y. ``window`` is the longest look back of the progress test, or 0.
+    those of y. ``window`` is the longest look back of the progress test, or 0. ``verify`` says
+    whether convergence is checked by the true residual, which keeps the right-hand side as well.
     """
     precondition = getattr(M, "mv", M)
     dtype = jnp.float32
@@ -167,6 +189,8 @@ def solve_in_metric(
     damping, tol, atol = (jnp.asarray(value, dtype) for value in (damping, tol, atol))
     progress_tol = jnp.asarray(progress_tol, dtype)
     rounded = any(leaf.dtype != wide_dtype(leaf.dtype) for leaf in jax.tree.leaves(rhs))
+    # Of the dtypes that x and the products are rounded to.
+    eps = max((float(jnp.finfo(leaf.dtype).eps) for leaf in jax.tree.leaves(rhs)), default=0.0)
     to_y, to_x = _roots(metric)
 
     def dot(a: Any, b: Any) -> Array:
@@ -202,10 +226,18 @@ def solve_in_metric(
         usable = jnp.isfinite(rr) & (bb > 0)
         return tree_where(usable, (x, residual, rr), (zeros, b, bb))
 
+    def may_have_drifted(x: Any, iteration: Array, steepest: Array) -> Array:
+        """Whether the true residual may be beyond the threshold that the recurrence met."""
+        size = jnp.maximum(jnp.sqrt(dot(to_y(x), to_y(x))), start_norm)
+        return 16 * eps * iteration.astype(dtype) * steepest * size > threshold
+
     def body(c: _Carry) -> _Carry:
         # The direction comes first, so that the last one is dead and XLA overwrites it in place.
         z = to_x(c.residual if M is None else c.z)
         stored = cast_like(tree_axpy(c.beta, widen_tree(c.direction), z), rhs)
+        if verify:
+            # A check multiplies x in place of a direction: the operator is compiled once.
+            stored = tree_where(c.checking, cast_like(c.x, rhs), stored)
         direction, (product, form) = widen_tree(stored), multiply(stored)
         # The residual is orthogonal to the last direction, unless that was rounded.
         carried = M is None and not rounded
@@ -219,45 +251,70 @@ def solve_in_metric(
         # Below this the curvature is rounding: dividing by it would throw x along a null direction.
         flat = pap <= 4 * jnp.finfo(dtype).eps * steepest * pp
         good = ~flat & jnp.isfinite(alpha)
-        moved = tree_axpy(-alpha, tree_axpy(damping, scaled, to_x(product)), c.residual)
-        residual = tree_where(good, moved, c.residual)
+        applied = lambda: tree_axpy(damping, scaled, to_x(product))
+        moved = lambda: tree_where(good, tree_axpy(-alpha, applied(), c.residual), c.residual)
+        residual = otherwise(c, lambda: tree_axpy(-1, applied(), b), moved)
         rr = dot(residual, residual)
-        good &= jnp.isfinite(rr)
+        good = otherwise(c, lambda: jnp.array(True), lambda: good) & jnp.isfinite(rr)
 
         z = apply_inverse(residual)
         rz = rr if M is None else dot(residual, z)
-        converged = good & (jnp.sqrt(rr) <= threshold)
+        reached = good & (jnp.sqrt(rr) <= threshold)
         usable = jnp.isfinite(rz) & (rz > 0)  # else M is not positive definite
 
-        iteration = c.iteration + 1
-        phi, history = c.phi - 0.5 * alpha * slope, c.history
+        iteration = c.iteration + jnp.where(c.checking, 0, 1)
+        steepest = jnp.where(c.checking, c.steepest, steepest)
+        x = otherwise(c, lambda: direction, lambda: tree_axpy(alpha, direction, c.x))
+        x = tree_where(good, x, c.x)
+        phi = otherwise(
+            c,
+            lambda: -0.5 * dot(scaled, tree_axpy(1, b, residual)),
+            lambda: c.phi - 0.5 * alpha * slope,
+        )
+        checking = jnp.array(False)
+        if verify:
+            drifted = lambda: may_have_drifted(x, iteration, steepest)
+            checking = jax.lax.cond(reached & ~c.checking, drifted, lambda: checking)
+        converged, history = reached & ~checking, c.history
         if window:
             k = jnp.clip((iteration + 9) // 10, 10, window)
             before = history[(iteration - k) % (window + 1)]
             small = (phi - before) / phi < k.astype(dtype) * progress_tol
+            small &= ~c.checking
             converged |= good & (iteration > k) & (phi < 0) & small
             history = history.at[iteration % (window + 1)].set(phi)
         return _Carry(
-            x=tree_where(good, tree_axpy(alpha, direction, c.x), c.x),
+            x=x,
             residual=residual,
             z=() if M is None else z,
             direction=stored,
-            beta=rz / c.rz,
+            beta=jnp.where(c.checking, 0, rz / c.rz),
             rz=rz,
             rr=jnp.where(good, rr, c.rr),
-            pp=pp,
+            pp=jnp.where(c.checking, 0, pp),
             steepest=steepest,
             iteration=iteration,
             phi=jnp.where(good, phi, c.phi),
             history=history,
             converged=converged,
-            breakdown=~good | (~converged & ~usable),
+            breakdown=~good | (~reached & ~usable),
+            checking=checking & ~converged,
+            checked=jnp.where(c.checking, rr, c.checked),
+            stalled=c.checking & ~(rr <= 0.25 * c.checked),
         )
 
+    def otherwise(c: _Carry, checked: Callable[[], Any], moved: Callable[[], Any]) -> Any:
+        """``checked()`` after the product of a check, else ``moved()``."""
+        return jax.lax.cond(c.checking, checked, moved) if verify else moved()
+
     def unfinished(c: _Carry) -> Array:
-        return ~c.converged & ~c.breakdown & (c.iteration < limit)
+        going = ~c.converged & ~c.breakdown & ~c.stalled
+        return going & (c.checking | (c.iteration < limit))
 
     x, residual, rr = start()
+    start_norm = jnp.zeros((), dtype)
+    if verify and x0 is not None:
+        start_norm = jnp.sqrt(dot(to_y(x), to_y(x)))
     z = apply_inverse(residual)
     rz = rr if M is None else dot(residual, z)
     phi = jnp.zeros((), dtype)
@@ -282,6 +339,9 @@ def solve_in_metric(
             history=jnp.full((window + 1,), phi),
             converged=converged,
             breakdown=~converged & ~(jnp.isfinite(rz) & (rz > 0)),
+            checking=jnp.zeros((), jnp.bool_),
+            checked=jnp.full((), jnp.inf, dtype),
+            stalled=jnp.zeros((), jnp.bool_),
         ),
     )
     # y^T (...) y is -2 phi - 2 y^T r, since (...) y = b - r: without a product.

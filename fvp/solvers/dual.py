@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import math
 from typing import Any
 
 import jax
@@ -11,7 +10,7 @@ import jax.numpy as jnp
 from jax import Array
 from jax.typing import ArrayLike
 
-from fvp.checks import check_like
+from fvp.checks import check_like, check_nonnegative
 from fvp.compilation import compiled_when_eager
 from fvp.curvature.operator import CurvatureOperator
 from fvp.curvature.pieces import GaussNewtonPiece, apply_weights
@@ -92,8 +91,9 @@ def solve_dual(
             "operator: its examples are sharded over Explicit mesh axes, which solve_dual regroups;"
             " build and solve inside jax.sharding.auto_axes."
         )
-    if isinstance(damping, (int, float)) and not 0 < damping < math.inf:
-        raise ValueError(f"damping: solve_dual expects a positive number, got {damping}.")
+    check_nonnegative(damping, "damping")
+    if isinstance(damping, (int, float)) and damping == 0:
+        raise ValueError("damping: solve_dual expects a positive number, got 0.")
     check_not_negative(operator.piece.weights)
     rhs = check_like(rhs, operator._like(), "rhs", "params", cast=False)
     return _solve(operator, rhs, jnp.asarray(damping), targets)
@@ -272,6 +272,6 @@ def whitened_score(head: Head, z: Array, targets: Any) -> Array | None:
         variance = head.fisher(z, jnp.ones_like(z))
     else:
         return None
-    usable = variance > jnp.finfo(z.dtype).tiny
+    usable = variance > jnp.finfo(z.dtype).eps  # below, w is so large that sums of it lose the rest
     root = jnp.sqrt(jnp.where(usable, variance, 1))
     return jnp.where(usable, -head.score(z, targets) / root, 0)

@@ -19,6 +19,7 @@ from fvp.control.record import unknown_outcome
 from fvp.control.trust_region import length_within_kl
 from fvp.curvature import CurvatureOperator
 from fvp.numerics import (
+    as_finite,
     cast_like,
     tree_axpy,
     tree_is_finite,
@@ -33,11 +34,22 @@ from fvp.solvers import CGSystem, ExactSystem, choose_solver
 from fvp.transforms.geodesic import geodesic_correction
 from fvp.transforms.options import CURVATURES, Data, Options, check_data
 from fvp.transforms.subset import has_masked_nodes
-from fvp.transforms.trying import Path, divergence, moves, search_length, try_step
+from fvp.transforms.trying import (
+    Path,
+    divergence,
+    gradient_differs,
+    moves,
+    search_length,
+    try_step,
+)
 
 WARM_START_DECAY = 0.95
+# Least damping of an exact solve over the norm of the gradient: below, where the curvature vanishes
+# in float32, the squared norm of the solution would overflow.
+LEAST = 2.0**-60
 # Where no loss can try an adaptive step: a bound on its KL; without a batch, also more damping.
 UNTRIED_KL, UNTRIED_DAMPING = 0.1, 4.0
+RETRIED_DAMPING = 4.0  # over that of the step that failed, where none was given
 
 
 class NaturalGradientState(NamedTuple):
@@ -52,6 +64,7 @@ class NaturalGradientState(NamedTuple):
     residual_norm: Array  # float32 scalar, of the last solve
     predicted_kl: Array  # float32 scalar, 1/2 s^T (curvature) s for the step s; 0 if rejected
     accepted: Array  # bool scalar; a step that was not is zeros
+    gradient_mismatch: Array  # bool scalar, what the last rejected step found, see scale_by_fisher
 
 
 def build_transform(options: Options) -> optax.GradientTransformationExtraArgs:
@@ -69,6 +82,7 @@ def build_transform(options: Options) -> optax.GradientTransformationExtraArgs:
             residual_norm=jnp.zeros((), jnp.float32),
             predicted_kl=jnp.zeros((), jnp.float32),
             accepted=jnp.zeros((), jnp.bool_),
+            gradient_mismatch=jnp.zeros((), jnp.bool_),
         )
 
     @compiled_when_eager
@@ -126,6 +140,9 @@ def _step(
     control, budget, metric = None, state.budget, None
     if isinstance(options.rule, FixedDamping):
         strength = jnp.asarray(options.rule.at(state.count))
+        if options.exact_only:  # where not even a search helped, the solve was all rounding
+            again = (state.count > 0) & ~state.accepted
+            strength = jnp.where(again, RETRIED_DAMPING * state.damping, strength)
     else:
         rayleigh = lambda: operator.quadratic_form(unit(slope_of)) + shift
         control, strength = options.rule.observe(state.control, slope_of, norm, previous, rayleigh)
@@ -143,7 +160,7 @@ def _step(
         start = jax.tree.map(lambda d: (momentum * d).astype(d.dtype), previous)
     elif options.warm_start:
         start = jax.tree.map(lambda d: (WARM_START_DECAY * d).astype(d.dtype), previous)
-    system = _system(options, solver, operator, strength, metric, budget, data.targets)
+    system = _system(options, solver, operator, strength, metric, budget, data.targets, norm)
     if isinstance(system, ExactSystem):
         strength = system.damping
     solution, info = system.solve(rhs, start, data.targets)
@@ -169,11 +186,13 @@ def _step(
     limit = options.max_kl
     if limit is None and options.adaptive and not data.has_loss:
         limit = UNTRIED_KL
+    stuck = jnp.array(False)
     if limit is not None:
         exact = None
         if data.batch is not None:
             exact = lambda a: divergence(options, operator, at(a), data)
         shrink = length_within_kl(predicted_kl, limit, exact, constant=options.constant_kl)
+        stuck = shrink == 0
         length, predicted_kl = shrink * length, jnp.square(shrink) * predicted_kl
         at = moves(params, path, gradient, length)
     after = None
@@ -190,6 +209,13 @@ def _step(
     outcome = unknown_outcome(record)
     if options.adaptive or options.line_search is not None:
         outcome = try_step(options, operator, params, at, record, predicted_kl, data, after)
+    # Where no length is short enough, or the solve broke down before it descended, on a gradient
+    # that is sound, the step failed like any other: damping has to grow, or nothing ever changes.
+    lost = options.adaptive & ~descent & jnp.isfinite(info.residual_norm + norm) & (norm > 0)
+    failed = stuck | lost
+    outcome = outcome._replace(
+        error=jnp.where(failed, jnp.inf, outcome.error), worse=outcome.worse | failed
+    )
     accepted = descent & ~outcome.worse & (length != 0)
     if not isinstance(options.rule, FixedDamping) and control is not None:
         # A gradient that is zero or not finite, or a loss that was not finite before the step, says
@@ -198,28 +224,36 @@ def _step(
         short = accepted & ~info.converged & options.rule.agrees(control)
         noisy = options.rule.noisy(control)
         resized = None if budget is None else budget.correct(short=short, noisy=noisy)
-        informative = descent & (record.scale > 0)
-        seen = tree_where(descent, (control, budget), (state.control, state.budget))
+        informative = (descent & ((record.scale > 0) | stuck)) | lost
+        seen = tree_where(descent | lost, (control, budget), (state.control, state.budget))
         control, budget = tree_where(informative, (corrected, resized), seen)
+    mismatch = state.gradient_mismatch
+    if options.tries and data.tries_nll:
+        rejected = descent & outcome.worse
+        differs = lambda: gradient_differs(
+            operator, gradient, solution, length, outcome, data.targets
+        )
+        mismatch = jax.lax.cond(rejected, differs, lambda: mismatch)
     step = path.step(length)
     update = jax.tree.map(lambda x: jnp.where(accepted, sign * x, 0).astype(x.dtype), step)
     direction = previous
     if direction is not None:
         # A bad batch leaves momentum and warm start alone. A step that failed its trial ends them,
         # and so does a sound solve without descent: it started too far off, and always would.
-        failed = ~accepted & (descent | ~info.breakdown) & (norm > 0)
-        kept = tree_where(failed, _zeros(direction), direction)
+        ended = ~accepted & (descent | ~info.breakdown | lost) & (norm > 0)
+        kept = tree_where(ended, _zeros(direction), direction)
         direction = tree_where(accepted, cast_like(solution, direction), kept)
     return update, NaturalGradientState(
         count=optax.safe_increment(state.count),
         direction=direction,
         control=control,
         budget=budget,
-        damping=jnp.asarray(strength, jnp.float32),
+        damping=jnp.where(jnp.isfinite(strength), strength, state.damping).astype(jnp.float32),
         iterations=info.iterations,
-        residual_norm=info.residual_norm.astype(jnp.float32),
-        predicted_kl=jnp.where(accepted, predicted_kl, 0).astype(jnp.float32),
+        residual_norm=as_finite(info.residual_norm.astype(jnp.float32)),
+        predicted_kl=as_finite(jnp.where(accepted, predicted_kl, 0).astype(jnp.float32)),
         accepted=accepted,
+        gradient_mismatch=mismatch,
     )
 
 
@@ -231,13 +265,14 @@ def _system(
     metric: Any,
     budget: Budget | None,
     targets: Any,
+    norm: Array,
 ) -> CGSystem | ExactSystem:
     """The system curvature + strength D + l2 I; D = I without a metric."""
     if solver == "cg":
         maxiter = options.maxiter if budget is None else budget.iterations
         return CGSystem(operator, strength, options.l2, metric, options.tol, maxiter)
     shift = 0.0 if options.l2 is None else options.l2
-    return ExactSystem.of(solver, operator, strength, shift, targets)
+    return ExactSystem.of(solver, operator, strength, shift, targets, norm * LEAST)
 
 
 def _damp(strength: Any, metric: Any, v: Any) -> Any:

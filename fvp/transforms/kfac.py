@@ -20,12 +20,17 @@ from fvp.control.reduction_ratio import adapted_damping
 from fvp.control.trial import loss_outcome, mean_nll
 from fvp.curvature import fisher
 from fvp.heads import Head
+from fvp.heads.head import check_head
 from fvp.layers.kfac import KFAC, kfac
 from fvp.numerics import (
+    as_finite,
     tree_is_finite,
     tree_vdot,
     tree_where,
 )
+from fvp.transforms.options import check_numbers
+from fvp.transforms.serialization import register_with_flax
+from fvp.transforms.trying import gradient_differs
 
 ScalarOrSchedule = ArrayLike | Callable[[Array], ArrayLike]
 
@@ -43,6 +48,7 @@ class KFACState(NamedTuple):
     damping: Array  # float32 scalar, of the next step where it adapts, else of the last
     predicted_kl: Array  # float32 scalar, 1/2 d^T F d of the last step d
     accepted: Array  # bool scalar; a step that was not is zeros
+    gradient_mismatch: Array  # bool scalar, what the last rejected step found, see scale_by_fisher
 
 
 def scale_by_kfac(
@@ -74,7 +80,8 @@ def scale_by_kfac(
 
     ``update`` takes ``params`` and the keywords ``batch``, ``weights`` and ``targets``; others are
     ignored. Where anything is not finite or, with ``damping=None``, the loss does not fall, the
-    update is zeros and ``accepted`` in the state is False.
+    update is zeros and ``accepted`` in the state is False; ``gradient_mismatch`` then says whether
+    the gradient was another loss's, as in :func:`fvp.scale_by_fisher`.
 
     Args:
       model_fn: pure function ``model_fn(params, batch) -> z``.
@@ -122,6 +129,9 @@ def scale_by_kfac(
     """
     if inverse_period is None:
         inverse_period = 1 if example_batch is None else INVERSE_PERIOD
+    check_head(head, "; the order is fvp.scale_by_kfac(model_fn, head)")
+    numbers = {"initial_damping": initial_damping, "decay": decay, "max_kl": max_kl}
+    check_numbers(numbers, damping)
     check_positive_int(factor_period, "factor_period")
     check_positive_int(inverse_period, "inverse_period")
     adaptive = damping is None
@@ -149,6 +159,7 @@ def scale_by_kfac(
         )
 
     def init(params: Any) -> KFACState:
+        register_with_flax()
         factors = inverse = None
         if example_batch is not None:
             shapes = jax.eval_shape(lambda p, b: factor(p, b, None, 0), params, example_batch)
@@ -164,6 +175,7 @@ def scale_by_kfac(
             damping=jnp.asarray(initial_damping, jnp.float32),
             predicted_kl=jnp.zeros((), jnp.float32),
             accepted=jnp.zeros((), jnp.bool_),
+            gradient_mismatch=jnp.zeros((), jnp.bool_),
         )
 
     def refreshed(state: KFACState, params: Any, data: Any, strength: Array) -> Any:
@@ -176,8 +188,8 @@ def scale_by_kfac(
         def add(operands: Any) -> Any:
             factors, weight = operands
             now = factor(params, batch, weights, state.count)
-            usable = tree_is_finite(now)  # one bad batch would stay in the averages for ever
             summed = jax.tree.map(lambda a, b: decay * a + b.astype(a.dtype), factors, now)
+            usable = tree_is_finite(summed)  # one bad batch would stay in the averages for ever
             return tree_where(usable, (summed, decay * weight + 1), operands)
 
         # A branch that is always taken would cost copies of the factors.
@@ -185,10 +197,10 @@ def scale_by_kfac(
         factors, weight = conditionally(due, add, (state.factors, state.weight))
 
         def invert(last: Any) -> Any:
-            del last
             total = jnp.where(weight > 0, weight, 1)
             mean = jax.tree.map(lambda x: x / total.astype(x.dtype), factors)
-            return mean.inverse(strength, rule=rule, mesh=mesh)
+            inverse = mean.inverse(strength, rule=rule, mesh=mesh)
+            return tree_where(tree_is_finite(inverse), inverse, last)
 
         due = True
         if inverse_period > 1:  # and after a rejected step, when damping has risen
@@ -215,7 +227,7 @@ def scale_by_kfac(
         record = Step(slope, curvature, strength * tree_vdot(chosen, chosen), length)
         scaled = lambda a: jax.tree.map(lambda x: (a * x).astype(x.dtype), chosen)
         descent = jnp.isfinite(curvature) & (slope > 0) & tree_is_finite(chosen)
-        accepted = descent
+        accepted, mismatch = descent, state.gradient_mismatch
         if adaptive:
             loss = lambda z: mean_nll(head, z, targets, weights, None)
             moved = lambda a: jax.tree.map(jnp.subtract, params, scaled(a))
@@ -226,7 +238,9 @@ def scale_by_kfac(
             # A bad batch or a gradient of zero says nothing about damping.
             adapted = adapted_damping(strength, record, outcome, accepted)
             strength = jnp.where(descent, adapted, strength)
-        chosen = scaled(length)
+            differs = lambda: gradient_differs(exact, gradient, chosen, length, outcome, targets)
+            mismatch = jax.lax.cond(descent & outcome.worse, differs, lambda: mismatch)
+        chosen, predicted_kl = scaled(length), 0.5 * length**2 * curvature
         zeros = jax.tree.map(jnp.zeros_like, chosen)
         chosen = tree_where(accepted, chosen, zeros)
         return chosen, KFACState(
@@ -235,9 +249,10 @@ def scale_by_kfac(
             weight=weight,
             inverse=kept,
             last_step=jax.tree.map(lambda x, y: x.astype(y.dtype), chosen, state.last_step),
-            damping=strength.astype(jnp.float32),
-            predicted_kl=jnp.where(accepted, 0.5 * length**2 * curvature, 0).astype(jnp.float32),
+            damping=as_finite(strength.astype(jnp.float32)),
+            predicted_kl=as_finite(jnp.where(accepted, predicted_kl, 0).astype(jnp.float32)),
             accepted=accepted,
+            gradient_mismatch=mismatch,
         )
 
     def update(

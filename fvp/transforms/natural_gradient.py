@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -14,10 +15,11 @@ from fvp.control.budget import ITERATIONS
 from fvp.control.fixed import FixedDamping
 from fvp.curvature.operators import ModelFn
 from fvp.heads import Head
+from fvp.heads.head import check_head
 from fvp.mesh import AxisName
 from fvp.solvers import SOLVERS
 from fvp.transforms.engine import build_transform
-from fvp.transforms.options import ADAPTIVE, CURVATURES, Options
+from fvp.transforms.options import ADAPTIVE, CURVATURES, Options, check_numbers
 from fvp.transforms.subset import OnSubset
 
 ScalarOrSchedule = ArrayLike | Callable[[Array], ArrayLike]
@@ -61,17 +63,22 @@ def scale_by_fisher(
       model is evaluated on it, and the curvature is the exact block of the unmasked leaves.
 
     - ``value_fn``, and ``value``: the loss as ``value_fn(params, batch)``, and its value at
-      ``params``; adaptive damping tries the step on it, or else on the head's nll at ``targets``,
-      or without both on the KL divergence that it makes.
+      ``params``; adaptive damping tries the step on it, or else on the head's mean nll at
+      ``targets``, or without both on the KL divergence that it makes. Pass it where the gradient
+      is not that of the mean nll: a penalty added by hand, a sum, a policy gradient.
 
     Other keywords are ignored. Where the gradient or the solution is not finite, or no descent was
     found, the update is zero, the warm start is kept and ``accepted`` in the state is False. Under
     adaptive damping so is a step that raises the loss on its batch; momentum starts anew then.
+    After a rejection on ``targets`` the gradient's slope along the step is compared with that of
+    the mean nll, at a backward pass: ``gradient_mismatch`` in the state says whether they differed
+    by more than a tenth at the last rejected step, and stays False where no step is tried.
 
     Args:
       model_fn: pure function ``model_fn(params, batch) -> z``.
       head: output distribution, such as ``fvp.Softmax()``.
-      damping: multiple of the identity added to the curvature, a number or an optax schedule; or
+      damping: multiple of the identity added to the curvature, a number or an optax schedule, with
+        which no step is tried and nothing adapts: too small a number can diverge; or
         :class:`fvp.LevenbergMarquardt`, which adapts it and rejects bad steps. None, the default,
         takes the latter, but 0 with an exact solver and ``line_search="loss"``, where the search
         alone controls the step.
@@ -223,6 +230,22 @@ def natural_gradient(
     )
 
 
+def _check_order(learning_rate: Any, model_fn: Any, head: Any) -> None:
+    """Raises unless each of the first arguments can be what its place says."""
+    name, order = "scale_by_fisher", "model_fn, head"
+    if learning_rate is not None:
+        name, order = "natural_gradient", "learning_rate, model_fn, head"
+    hint = f"; the order is fvp.{name}({order})"
+    if isinstance(model_fn, Head) or not callable(model_fn):
+        raise TypeError(f"model_fn: expected model_fn(params, batch) -> z, got {model_fn!r}{hint}.")
+    check_head(head, hint)
+    if isinstance(learning_rate, Head):
+        raise TypeError(f"learning_rate: expected a number or a schedule, got a head{hint}.")
+    # It may be negative, to climb.
+    if isinstance(learning_rate, (int, float)) and not math.isfinite(learning_rate):
+        raise ValueError(f"learning_rate: expected a finite number, got {learning_rate}.")
+
+
 def _transform(
     learning_rate: ScalarOrSchedule | None,
     model_fn: ModelFn,
@@ -236,12 +259,12 @@ def _transform(
     **options: Any,
 ) -> optax.GradientTransformationExtraArgs:
     """Both transformations: the step is the direction itself, or -learning_rate times it."""
+    _check_order(learning_rate, model_fn, head)
+    check_numbers({"l2": options["l2"], "tol": options["tol"]}, damping)
     if curvature not in CURVATURES:
         raise ValueError(f"curvature: expected one of {sorted(CURVATURES)}, got {curvature!r}.")
     if options["solver"] not in SOLVERS:
         raise ValueError(f"solver: expected one of {SOLVERS}, got {options['solver']!r}.")
-    if isinstance(damping, (int, float)) and not damping >= 0:
-        raise ValueError(f"damping: expected 0 or more, got {damping}.")
     if isinstance(momentum, str) and momentum != "quadratic":
         raise ValueError(f'momentum: expected a number or "quadratic", got {momentum!r}.')
     if isinstance(momentum, (int, float)) and not 0 <= momentum < 1:
@@ -252,7 +275,7 @@ def _transform(
         )
     if max_kl is None and constant_kl:
         raise ValueError("max_kl: constant_kl=True expects the length of the step, got None.")
-    if isinstance(max_kl, (int, float)) and not max_kl > 0:
+    if isinstance(max_kl, (int, float)) and not 0 < max_kl < math.inf:
         raise ValueError(f"max_kl: expected a positive number of nats, got {max_kl}.")
     undamped = damping is None and options["line_search"] == "loss" and options["solver"] != "cg"
     if damping is None:

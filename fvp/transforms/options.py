@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 from jax import Array
 from jax.typing import ArrayLike
 
+from fvp.checks import check_nonnegative
 from fvp.control import LevenbergMarquardt
 from fvp.control.fixed import FixedDamping
 from fvp.curvature import empirical_fisher, fisher, ggn
@@ -90,6 +91,23 @@ class Data(NamedTuple):
     def has_loss(self) -> bool:
         """Whether a step can be tried on the loss."""
         return self.batch is not None and (self.targets is not None or self.value_fn is not None)
+
+    @property
+    def tries_nll(self) -> bool:
+        """Whether that loss is the head's mean nll."""
+        return self.has_loss and self.value_fn is None
+
+
+def check_numbers(numbers: dict[str, Any], damping: Any) -> None:
+    """Raises where a number is known not to be one, or damping is none of its forms."""
+    for name, value in numbers.items():
+        if value is not None:
+            check_nonnegative(value, name)
+    if isinstance(damping, type):
+        raise TypeError(f"damping: expected an instance, {damping.__name__}(), got the class.")
+    if damping is not None and not isinstance(damping, LevenbergMarquardt):
+        expected = "; or a schedule, or an adaptive rule such as fvp.LevenbergMarquardt()"
+        check_nonnegative(damping, "damping", expected)
 
 
 def check_data(params: Any, batch: Any, targets: Any, all_params: Any, curvature: str) -> None:

@@ -74,6 +74,21 @@ def try_step(
     return divergence_outcome(record, predicted_kl, divergence(options, operator, at(1), data))
 
 
+def gradient_differs(
+    operator: Any, gradient: Any, solution: Any, length: Any, outcome: Outcome, targets: Any
+) -> Array:
+    """Whether ``gradient`` is not that of the mean nll, told by their slopes along the step.
+
+    A tenth apart, and by more than the loss is rounded along it. Costs a backward pass.
+    """
+    _, own = operator.value_and_grad(targets)
+    slopes = [tree_vdot(g, solution) for g in (gradient, own)]
+    largest = jnp.maximum(*map(jnp.abs, slopes))
+    gap = jnp.abs(slopes[0] - slopes[1])
+    rounding = jnp.where(jnp.isfinite(outcome.rounding), outcome.rounding, 0)
+    return (gap > 0.1 * largest) & (gap * jnp.abs(jnp.asarray(length)) > rounding)
+
+
 def loss_before(options: Options, operator: Any, params: Any, data: Data) -> Array:
     """The loss at ``params``, with the l2 term."""
     before = data.loss_before
