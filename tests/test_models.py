@@ -148,11 +148,12 @@ def test_chunks_of_every_size_are_as_exact_as_the_whole_in_float32(name, count):
 # --- In half precision ------------------------------------------------------------------------
 
 # Largest error of a product and largest symmetry defect |w.Fv - v.Fw| / sqrt(v.Fv w.Fw), in units
-# of the eps of the model's dtype. Measured: 2.2 and 1.05 for the Fisher, from jax 0.11 on 1.5 where
-# its kernels round in other places (the recurrent network in float16); 4.7 or 5.3, by the CPU's
+# of the eps of the model's dtype. Measured: 2.2 and 1.05 for the Fisher; 4.7 or 5.3, by the CPU's
 # kernels, and 3.0 for the empirical Fisher, whose scores are differences of rounded outputs. With
-# the head's arithmetic in the model's dtype the Fisher has an error of 3.1.
-PRECISION = {"fisher": (2.5, 1.6), "empirical_fisher": (6.0, 3.5)}
+# the head's arithmetic in the model's dtype the Fisher has 3.1 and 1.4.
+PRECISION = {"fisher": (2.5, 1.25), "empirical_fisher": (6.0, 3.5)}
+# One case has 1.5 on jax 0.12, for a reason that was not found; all others keep their bound there.
+OPEN_DEFECT = {("rnn", jnp.float16): 1.6} if jax.__version_info__ >= (0, 11) else {}
 
 
 @functools.cache
@@ -173,6 +174,8 @@ def test_half_precision_models_cost_a_few_eps(name, params_dtype, dtype):
     exact = products(model_fn, head, *wide)
     v, eps = rows(stacked), float(jnp.finfo(dtype).eps)
     for curvature, (most_error, most_defect) in PRECISION.items():
+        if curvature == "fisher":
+            most_defect = OPEN_DEFECT.get((name, dtype), most_defect)
         for leaf, param in zip(*map(jax.tree.leaves, (actual[curvature], params)), strict=True):
             assert leaf.dtype == param.dtype
         product, expected = rows(actual[curvature]), rows(exact[curvature])
