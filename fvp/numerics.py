@@ -132,6 +132,12 @@ def unit(tree: Any) -> Any:
     return jax.tree.map(lambda x: (widen(x) / norm).astype(x.dtype), tree)
 
 
+def divide_above_rounding(x: Array, squares: Array) -> Array:
+    """x / sqrt(squares); 0 where the squares are below eps: the quotient would swamp all others."""
+    usable = squares > jnp.finfo(x.dtype).eps
+    return jnp.where(usable, x / jnp.sqrt(jnp.where(usable, squares, 1)), 0)
+
+
 def pairwise(
     product: Callable[[Any, Any], Array], left: Sequence[Any], right: Sequence[Any]
 ) -> Array:

@@ -12,12 +12,12 @@ import numpy as np
 from jax import Array
 from jax.core import Tracer
 
-from fvp.heads.head import Head, check_event_ndim, register_head
+from fvp.heads.head import NaturalHead, check_event_ndim
+from fvp.heads.root import Root, flat_events, unit_columns
 
 
-@register_head
 @dataclasses.dataclass(frozen=True)
-class Gaussian(Head):
+class Gaussian(NaturalHead):
     """Normal distribution with known noise; ``z`` is the mean, ``y`` of the shape of ``z``.
 
     F_R u = u / scale^2, or precision u; S = diag(1 / scale), or the Cholesky factor of precision.
@@ -123,6 +123,14 @@ class Gaussian(Head):
         if self.precision is not None:
             return self._multiply(self._root(z.dtype).T, u)
         return u / self._scale(z.dtype)
+
+    def _fisher_root(self, z: Array) -> Root:
+        def score(targets: Any) -> Array:
+            difference = z - jnp.asarray(targets).astype(z.dtype)
+            return flat_events(self._sqrt_fisher_transpose(z, difference), self.event_ndim)
+
+        multiply = lambda w: self._sqrt_fisher(z, w)
+        return Root(*unit_columns(multiply, z, self.event_ndim), score)
 
     def _kl(self, z: Array, z_new: Array) -> Array:
         whitened = self._sqrt_fisher_transpose(z, z_new - z)

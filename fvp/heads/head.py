@@ -1,33 +1,74 @@
-"""What every output distribution provides, and the checks and casts that all of them share."""
+"""What every output distribution provides, and the checks and casts that all of them share.
+
+The underscored methods are what a head implements; the public ones check, widen and cast around
+them.
+"""
 
 from __future__ import annotations
 
 import abc
 import dataclasses
-from typing import Any, TypeVar
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 from jax import Array
 from jax.typing import ArrayLike
 
+from fvp.heads.root import Root, unit_columns
 from fvp.numerics import widen
-
-H = TypeVar("H", bound="Head")
 
 
 class Head(abc.ABC):
-    """An output distribution r(y given z) over its natural parameter ``z``.
+    """An output distribution r(y given z): the base of all heads, and of your own.
 
     ``z`` has shape ``batch axes + event axes``; the last ``event_ndim`` axes make one example.
     Every method is batched over the batch axes, computes in float32 or wider and returns the dtype
-    of ``z``. A head is a frozen record and a pytree: its numeric fields may be numbers, arrays or
-    tracers, and a head of plain numbers is hashable and can be a static argument of ``jax.jit``.
+    of ``z``. A head is a frozen dataclass and a pytree: its fields are numbers, arrays or tracers,
+    but for ``event_ndim`` and fields marked ``dataclasses.field(metadata={"static": True})``. A
+    head of plain numbers is hashable and can be a static argument of ``jax.jit``.
 
-    A new head implements the underscored methods, which see ``z`` in the computing dtype.
+    A new head implements the abstract methods, which see ``z`` in the computing dtype, and ``y`` as
+    it came. Where z is the natural parameter, derive from :class:`NaturalHead`, which states that
+    the Hessian of the nll is the Fisher; otherwise ``_hessian`` is its own. Targets that are not
+    shaped like ``z`` override ``_check_targets``.
+
+    Example:
+      >>> import dataclasses, jax, jax.numpy as jnp, fvp
+      >>> @dataclasses.dataclass(frozen=True)
+      ... class Exponential(fvp.NaturalHead):
+      ...     "y > 0 with rate -z, for z < 0; the mean is -1 / z, the variance 1 / z^2."
+      ...     def _nll(self, z, y):
+      ...         return jnp.sum(-z * y - jnp.log(-z), axis=self.event_axes())
+      ...     def _mean(self, z):
+      ...         return -1 / z
+      ...     def _sample(self, key, z, dtype):
+      ...         return (jax.random.exponential(key, z.shape) / -z).astype(dtype)
+      ...     def _score(self, z, y):
+      ...         return y + 1 / z
+      ...     def _fisher(self, z, u):
+      ...         return u / z**2
+      ...     def _sqrt_fisher(self, z, w):
+      ...         return -w / z
+      ...     def _sqrt_fisher_transpose(self, z, u):
+      ...         return -u / z
+      ...     def _kl(self, z, z_new):
+      ...         ratio = z_new / z
+      ...         return jnp.sum(ratio - 1 - jnp.log(ratio), axis=self.event_axes())
+      >>> x, w = jnp.array([[1.0], [2.0]]), jnp.array([[-0.5]])
+      >>> F = fvp.fisher(lambda w, x: x @ w, Exponential(), w, x)
+      >>> print(F @ jnp.ones((1, 1)))  # mean of x^2 / z^2 with z = -x / 2
+      [[4.]]
     """
 
-    event_ndim: int
+    event_ndim: int = 1
+
+    def __init_subclass__(cls, **options: Any) -> None:
+        super().__init_subclass__(**options)
+        # The fields are not known before the dataclass decorator has run: they are read when used.
+        jax.tree_util.register_pytree_with_keys(
+            cls, _flatten, lambda static, leaves: _unflatten(cls, static, leaves)
+        )
 
     def nll(self, z: Array, y: ArrayLike) -> Array:
         """-log r(y given z), normalising constants included; shape = batch axes."""
@@ -59,14 +100,6 @@ class Head(abc.ABC):
         y = self.check_targets(z, y)
         return self._hessian(widen(z), y, widen(u)).astype(z.dtype)
 
-    def hessian_factor(self, z: Array, y: Array) -> Array | None:
-        """The c of each example with Hessian = c F_R(z), over the batch axes; None where it is 1.
-
-        For heads over natural parameters; others override :meth:`_hessian` itself.
-        """
-        del z, y
-        return None
-
     def sqrt_fisher(self, z: Array, w: Array) -> Array:
         """S w, where S S^T = F_R(z); ``w`` and the result have the shape of ``z``."""
         self.check_outputs(z)
@@ -76,6 +109,16 @@ class Head(abc.ABC):
         """S^T u, where S S^T = F_R(z); ``u`` and the result have the shape of ``z``."""
         self.check_outputs(z)
         return self._sqrt_fisher_transpose(widen(z), widen(u)).astype(z.dtype)
+
+    def fisher_root(self, z: Array) -> Root:
+        """The columns of S, S S^T = F_R(z); at most one for each output."""
+        self.check_outputs(z)
+        return self._fisher_root(widen(z))
+
+    def hessian_root(self, z: Array, y: ArrayLike) -> Root | None:
+        """The columns of a root of the Hessian of :meth:`nll`; None where there is none known."""
+        y = self.check_targets(z, y)
+        return self._hessian_root(widen(z), y)
 
     def kl(self, z: Array, z_new: Array) -> Array:
         """KL(r(z) to r(z_new)), exact, keeping its digits when the two are close; batch axes."""
@@ -149,13 +192,8 @@ class Head(abc.ABC):
     @abc.abstractmethod
     def _fisher(self, z: Array, u: Array) -> Array: ...
 
-    def _hessian(self, z: Array, y: Array, u: Array) -> Array:
-        # z is the natural parameter: the Hessian of the log-partition function, up to how often
-        # the targets count.
-        product, factor = self._fisher(z, u), self.hessian_factor(z, y)
-        if factor is None:
-            return product
-        return product * factor.reshape(factor.shape + (1,) * self.event_ndim)
+    @abc.abstractmethod
+    def _hessian(self, z: Array, y: Array, u: Array) -> Array: ...
 
     @abc.abstractmethod
     def _sqrt_fisher(self, z: Array, w: Array) -> Array: ...
@@ -166,29 +204,62 @@ class Head(abc.ABC):
     @abc.abstractmethod
     def _kl(self, z: Array, z_new: Array) -> Array: ...
 
+    def _fisher_root(self, z: Array) -> Root:
+        """See :meth:`fisher_root`; a head with fewer columns or a known score overrides it."""
+        multiply = lambda w: self._sqrt_fisher(z, w)
+        return Root(*unit_columns(multiply, z, self.event_ndim))
 
-def register_head(cls: type[H]) -> type[H]:
-    """Registers a frozen dataclass as a pytree: numeric fields are leaves, ``event_ndim`` static.
+    def _hessian_root(self, z: Array, y: Array) -> Root | None:
+        """See :meth:`hessian_root`; None, since a Hessian may be indefinite."""
+        del z, y
+        return None
 
-    The fields are validated where a person builds the head, in ``__post_init__``; JAX rebuilds
-    heads with tracers and placeholders in them, so unflattening goes round the constructor.
+
+class NaturalHead(Head):
+    """A head whose ``z`` is the natural parameter: the Hessian of its nll is the Fisher F_R(z).
+
+    The targets cancel: they enter the nll linearly, -y.z + A(z). A head whose targets may count
+    more or less than once overrides ``_target_count``.
     """
-    names = [f.name for f in dataclasses.fields(cls)]  # pyright: ignore[reportArgumentType]
-    leaves = [name for name in names if name != "event_ndim"]
 
-    def flatten(head: H) -> tuple[list[tuple[Any, Any]], int]:
-        return [(jax.tree_util.GetAttrKey(n), getattr(head, n)) for n in leaves], head.event_ndim
+    def _target_count(self, z: Array, y: Array) -> Array | None:
+        """How often the targets of each example count, over the batch axes; None is once."""
+        del z, y
+        return None
 
-    def unflatten(event_ndim: int, values: Any) -> H:
-        head = object.__new__(cls)
-        for name, value in zip(leaves, values, strict=True):
-            object.__setattr__(head, name, value)
-        if "event_ndim" in names:
-            object.__setattr__(head, "event_ndim", event_ndim)
-        return head
+    def _hessian(self, z: Array, y: Array, u: Array) -> Array:
+        product, count = self._fisher(z, u), self._target_count(z, y)
+        if count is None:
+            return product
+        return product * count.reshape(count.shape + (1,) * self.event_ndim)
 
-    jax.tree_util.register_pytree_with_keys(cls, flatten, unflatten)
-    return cls
+    def _hessian_root(self, z: Array, y: Array) -> Root | None:
+        root = self._fisher_root(z)
+        if self._target_count(z, y) is None:
+            return root
+        return root.scaled(lambda: self._target_count(z, y), self.event_ndim)  # pyright: ignore
+
+
+def _static_fields(cls: Any) -> tuple[list[str], list[str]]:
+    """The names of the fields that are data, and of those that are static."""
+    fields = dataclasses.fields(cls) if dataclasses.is_dataclass(cls) else ()
+    static = [f.name for f in fields if f.name == "event_ndim" or f.metadata.get("static")]
+    return [f.name for f in fields if f.name not in static], static
+
+
+def _flatten(head: Head) -> tuple[list[tuple[Any, Any]], tuple[Any, ...]]:
+    data, static = _static_fields(type(head))
+    leaves = [(jax.tree_util.GetAttrKey(name), getattr(head, name)) for name in data]
+    return leaves, tuple(getattr(head, name) for name in static)
+
+
+def _unflatten(cls: type[Head], static: tuple[Any, ...], leaves: Any) -> Head:
+    # Fields are validated where a person builds the head, in __post_init__; JAX rebuilds heads with
+    # tracers and placeholders in them, so this goes round the constructor.
+    head, names = object.__new__(cls), _static_fields(cls)
+    for name, value in zip([*names[0], *names[1]], [*leaves, *static], strict=True):
+        object.__setattr__(head, name, value)
+    return head
 
 
 def check_head(head: Any, hint: str = "") -> None:
@@ -217,6 +288,10 @@ def log_partition_gap(probabilities: Array, d: Array, axes: tuple[int, ...]) -> 
     Written as log1p E_p[exp d - 1 - d], because the terms of the textbook sum p (log p - log q)
     cancel: at KL = 1e-5 that leaves two digits in float32, this form five.
     """
+    return jnp.log1p(jnp.sum(probabilities * exp_excess(d), axis=axes))
+
+
+def exp_excess(d: Array) -> Array:
+    """The value of exp(d) - 1 - d, with its digits at small ``d``."""
     series = d * d * (0.5 + d * (1 / 6 + d * (1 / 24 + d * (1 / 120 + d / 720))))
-    excess = jnp.where(jnp.abs(d) < 0.01, series, jnp.expm1(d) - d)
-    return jnp.log1p(jnp.sum(probabilities * excess, axis=axes))
+    return jnp.where(jnp.abs(d) < 0.01, series, jnp.expm1(d) - d)

@@ -9,12 +9,13 @@ import jax
 import jax.numpy as jnp
 from jax import Array
 
-from fvp.heads.head import Head, check_event_ndim, log_partition_gap, register_head
+from fvp.heads.head import NaturalHead, check_event_ndim, log_partition_gap
+from fvp.heads.root import Root, flat_events, unit_columns
+from fvp.numerics import divide_above_rounding
 
 
-@register_head
 @dataclasses.dataclass(frozen=True)
-class Sigmoid(Head):
+class Sigmoid(NaturalHead):
     """Independent Bernoulli outputs; ``z`` are logits, ``y`` in [0, 1] of the shape of ``z``.
 
     With p = sigmoid(z): F_R u = p (1 - p) u, and S = diag sqrt(p (1 - p)). A logit may be infinite:
@@ -64,6 +65,14 @@ class Sigmoid(Head):
 
     def _sqrt_fisher_transpose(self, z: Array, u: Array) -> Array:
         return jnp.sqrt(self._variance(z)) * u
+
+    def _fisher_root(self, z: Array) -> Root:
+        def score(targets: Any) -> Array:
+            w = divide_above_rounding(-self.score(z, targets), self._variance(z))
+            return flat_events(w, self.event_ndim)
+
+        multiply = lambda w: self._sqrt_fisher(z, w)
+        return Root(*unit_columns(multiply, z, self.event_ndim), score)
 
     def _kl(self, z: Array, z_new: Array) -> Array:
         p, q, d, softplus = jax.nn.sigmoid(z), jax.nn.sigmoid(-z), z_new - z, jax.nn.softplus

@@ -9,13 +9,13 @@ import jax
 import jax.numpy as jnp
 from jax import Array
 
-from fvp.heads.head import Head, log_partition_gap, register_head
-from fvp.numerics import wide_dtype
+from fvp.heads.head import NaturalHead, log_partition_gap
+from fvp.heads.root import Root
+from fvp.numerics import divide_above_rounding, wide_dtype
 
 
-@register_head
 @dataclasses.dataclass(frozen=True)
-class Softmax(Head):
+class Softmax(NaturalHead):
     """Categorical distribution; ``z`` are logits of shape (batch axes, C), ``y`` labels.
 
     With p = softmax(z): F_R u = p (u - p.u), and S w = sqrt(p) w - p (sqrt(p).w). Every entry keeps
@@ -34,11 +34,6 @@ class Softmax(Head):
       [[ 0.75 -0.25 -0.25 -0.25]
        [-0.25 -0.25 -0.25  0.75]]
     """
-
-    @property
-    def event_ndim(self) -> int:  # pyright: ignore[reportIncompatibleVariableOverride]
-        """One event axis: the classes."""
-        return 1
 
     def _check_event(self, z: Any, name: str) -> None:
         if z.shape[-1] < 2:
@@ -99,7 +94,7 @@ class Softmax(Head):
         p = jax.nn.softmax(z)
         return p * _deviation(p, u)
 
-    def hessian_factor(self, z: Array, y: Array) -> Array:
+    def _target_count(self, z: Array, y: Array) -> Array:
         """The sum of each row of targets; 1 for a label, NaN for one out of range."""
         if jnp.issubdtype(y.dtype, jnp.integer):
             return jnp.where(_labels(y, z.shape[-1])[1], 1, jnp.nan).astype(wide_dtype(z.dtype))
@@ -118,6 +113,26 @@ class Softmax(Head):
     def _sqrt_fisher_transpose(self, z: Array, u: Array) -> Array:
         p = jax.nn.softmax(z)
         return jnp.sqrt(p) * _deviation(p, u)
+
+    def _fisher_root(self, z: Array) -> Root:
+        """The columns of S H with the reflection H that takes the last unit vector to -sqrt(p).
+
+        S sqrt(p) = 0, so that the last of them is zero: there are C - 1.
+        """
+        classes = z.shape[-1]
+
+        def column(k: Any) -> Array:
+            unit = (jnp.arange(classes) == k).astype(z.dtype)
+            last = (jnp.arange(classes) == classes - 1).astype(z.dtype)
+            w = jnp.broadcast_to(unit, z.shape)
+            return self._sqrt_fisher(z, w - _sum(_reflection(z) * unit) * last)
+
+        def score(targets: Any) -> Array:
+            w = divide_above_rounding(-self.score(z, targets), jax.nn.softmax(z))
+            along = _sum(jnp.sqrt(jax.nn.softmax(z)) * w) + w[..., -1:]
+            return (w - _reflection(z) * along)[..., :-1]
+
+        return Root(classes - 1, column, score)
 
     def _kl(self, z: Array, z_new: Array) -> Array:
         p = jax.nn.softmax(z)
@@ -143,6 +158,12 @@ def _labels(y: Array, classes: int) -> tuple[Array, Array]:
 
 def _sum(x: Array) -> Array:
     return jnp.sum(x, axis=-1, keepdims=True)
+
+
+def _reflection(z: Array) -> Array:
+    """v_k / v_C for k < C, where v = sqrt(p) + e_C and H = I - v v^T / v_C."""
+    root = jnp.sqrt(jax.nn.softmax(z))
+    return root / (1 + root[..., -1:])
 
 
 def _leading(p: Array) -> Array:
