@@ -6,24 +6,49 @@ from typing import Any
 import jax
 
 from fvp.compatibility import warn_if_broken
-from fvp.control import LevenbergMarquardt
+from fvp.control import DampingRule, FixedDamping, LevenbergMarquardt, Observation, ReductionRatio
 from fvp.curvature import (
     CurvatureOperator,
+    EmpiricalCurvature,
+    FisherCurvature,
+    HessianCurvature,
+    OutputCurvature,
+    Problem,
+    SampledCurvature,
     empirical_fisher,
     empirical_fisher_vector_product,
     fisher,
     fisher_vector_product,
+    gauss_newton,
+    gauss_newton_vector_product,
     ggn,
     ggn_vector_product,
     hessian,
     mc_fisher,
 )
-from fvp.heads import Gaussian, Sigmoid, Softmax
+from fvp.heads import Gaussian, Head, LearnedScaleGaussian, NaturalHead, Root, Sigmoid, Softmax
 from fvp.layers import KFAC, Coverage, KFACInverse, fisher_diagonal, kfac
-from fvp.preconditioners import diagonal_preconditioner, nystrom_preconditioner
-from fvp.solvers import CGInfo, cg, solve_dual
-from fvp.transforms import (
+from fvp.preconditioners import (
+    Jacobi,
+    Preconditioner,
+    diagonal_preconditioner,
+    nystrom_preconditioner,
+)
+from fvp.solvers import (
+    CG,
+    Auto,
+    CGInfo,
+    DampedCurvature,
+    DampedSolver,
+    DampedSystem,
+    Dense,
+    Dual,
+    KFACSolver,
     KFACState,
+    cg,
+    solve_dual,
+)
+from fvp.transforms import (
     NaturalGradientState,
     natural_gradient,
     scale_by_fisher,
@@ -31,15 +56,39 @@ from fvp.transforms import (
 )
 
 __all__ = [
+    "CG",
     "KFAC",
+    "Auto",
     "CGInfo",
     "Coverage",
     "CurvatureOperator",
+    "DampedCurvature",
+    "DampedSolver",
+    "DampedSystem",
+    "DampingRule",
+    "Dense",
+    "Dual",
+    "EmpiricalCurvature",
+    "FisherCurvature",
+    "FixedDamping",
     "Gaussian",
+    "Head",
+    "HessianCurvature",
+    "Jacobi",
     "KFACInverse",
+    "KFACSolver",
     "KFACState",
+    "LearnedScaleGaussian",
     "LevenbergMarquardt",
     "NaturalGradientState",
+    "NaturalHead",
+    "Observation",
+    "OutputCurvature",
+    "Preconditioner",
+    "Problem",
+    "ReductionRatio",
+    "Root",
+    "SampledCurvature",
     "Sigmoid",
     "Softmax",
     "cg",
@@ -49,6 +98,8 @@ __all__ = [
     "fisher",
     "fisher_diagonal",
     "fisher_vector_product",
+    "gauss_newton",
+    "gauss_newton_vector_product",
     "ggn",
     "ggn_vector_product",
     "hessian",

@@ -35,15 +35,16 @@ def compiled_when_eager(function: F) -> F:
     def compile_program() -> Any:
         # A new function each time: JAX keeps what it compiled as long as the function it was given.
         def program(key: Any, data: list[Any]) -> Any:
-            return _Packed.of(function(*_unpack(key, data)))
+            args, keywords = _unpack(key, data)
+            return _Packed.of(function(*args, **keywords))
 
         return jax.jit(program, static_argnums=0)
 
     @functools.wraps(function)
-    def call(*args: Any) -> Any:
-        packed = _Packed.of(args)
+    def call(*args: Any, **keywords: Any) -> Any:
+        packed = _Packed.of((args, keywords))
         if any(isinstance(leaf, Tracer) for leaf in packed.data):
-            return function(*args)
+            return function(*args, **keywords)
         result = _entry(programs, _references(packed.key), compile_program)(packed.key, packed.data)
         return _unpack(result.key, result.data)
 

@@ -149,7 +149,7 @@ def unit(tree: Any) -> Any:
 
 
 def divide_above_rounding(x: Array, squares: Array) -> Array:
-    """x / sqrt(squares); 0 where the squares are below eps: the quotient would swamp all others."""
+    """X / sqrt(squares); 0 where the squares are below eps: the quotient would swamp all others."""
     usable = squares > jnp.finfo(x.dtype).eps
     return jnp.where(usable, x / jnp.sqrt(jnp.where(usable, squares, 1)), 0)
 

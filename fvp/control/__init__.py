@@ -4,7 +4,19 @@ The direction comes in as one small record of numbers (:class:`fvp.control.recor
 nothing here knows how it was found.
 """
 
+from fvp.control.fixed import FixedDamping, NoDamping
 from fvp.control.levenberg_marquardt import LevenbergMarquardt
 from fvp.control.record import Outcome, Step
+from fvp.control.reduction_ratio import ReductionRatio
+from fvp.control.rule import DampingRule, Observation
 
-__all__ = ["LevenbergMarquardt", "Outcome", "Step"]
+__all__ = [
+    "DampingRule",
+    "FixedDamping",
+    "LevenbergMarquardt",
+    "NoDamping",
+    "Observation",
+    "Outcome",
+    "ReductionRatio",
+    "Step",
+]

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
@@ -12,6 +11,7 @@ from jax import Array
 from jax.core import Tracer
 
 from fvp.control.record import Outcome, Step
+from fvp.control.rule import DampingRule, Observation
 from fvp.numerics import sum_entries, tree_vdot
 
 # Errors of the quadratic model over 1/2 s^T (A + damping) s. The classical thresholds on the
@@ -28,7 +28,7 @@ _SURPRISE = 0.5
 _SLOW, _FASTER, _REMAINING = 0.99, 0.9, 0.6
 _MOMENTUM = 0.9  # the largest
 _LEAST = 2.0**-30  # first lambda over the norm of the gradient, where F all but vanishes
-_FLOOR = 1e-3  # of the metric (s / mean s + floor)^(5/8)
+_FLOOR = 1e-3  # of the diagonal (s / mean s + floor)^(5/8)
 
 
 class LevenbergMarquardtState(NamedTuple):
@@ -44,7 +44,7 @@ class LevenbergMarquardtState(NamedTuple):
 
 
 @dataclasses.dataclass(frozen=True)
-class LevenbergMarquardt:
+class LevenbergMarquardt(DampingRule):
     """Damping lambda D with lambda = factor * sqrt(|g|), where the factor follows model errors.
 
     Proportional to the root of the gradient's norm, the damping falls by itself as training
@@ -108,19 +108,14 @@ class LevenbergMarquardt:
             *scalars, squares=jax.tree.map(lambda p: jnp.zeros_like(p, jnp.float32), params)
         )
 
-    def observe(
-        self,
-        state: LevenbergMarquardtState,
-        gradient: Any,
-        norm: Array,
-        last: Any,
-        rayleigh: Callable,
+    def propose(
+        self, state: LevenbergMarquardtState, observation: Observation
     ) -> tuple[LevenbergMarquardtState, Array]:
-        """Takes in a new gradient with its norm, and its slope along the ``last`` direction.
+        """Takes in a new gradient, and its slope along the last direction; returns lambda.
 
-        ``rayleigh()`` is the curvature along the gradient; it is asked for once, at the first step.
-        Returns the new state, and lambda.
+        The curvature along the gradient is asked for once, at the first step.
         """
+        _, gradient, norm, last, rayleigh = observation
         root = jnp.sqrt(norm).astype(jnp.float32)
 
         def first() -> Array:
@@ -161,7 +156,7 @@ class LevenbergMarquardt:
         growing = jnp.minimum(1 - 1 / (4 + count / 6), _MOMENTUM)
         return jnp.where(self.agrees(state), _MOMENTUM, growing)
 
-    def metric(self, state: LevenbergMarquardtState) -> Any:
+    def diagonal(self, state: LevenbergMarquardtState) -> Any:
         """The diagonal D, of mean 1; like the parameters, float32."""
         relative = _over_mean(state.squares)
         return _over_mean(jax.tree.map(lambda s: _five_eighths(s + _FLOOR), relative))

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -10,9 +9,11 @@ import jax.numpy as jnp
 from jax import Array
 
 from fvp.numerics import cast_like, pairwise, tree_axpy, tree_vdot, unit, widen_tree
+from fvp.solvers import DampedCurvature
+from fvp.typing import Params
 
 
-def spring_rhs(gradient: Any, pull: Any, momentum: Any) -> Any:
+def spring_rhs(gradient: Params, pull: Params, momentum: Any) -> Params:
     """The right-hand side g + momentum * Lambda d_prev, in the dtypes of the gradient.
 
     With Lambda the damping, (F + Lambda) d = this minimises the model -g.d + 1/2 d^T F d +
@@ -32,16 +33,15 @@ def spring_rhs(gradient: Any, pull: Any, momentum: Any) -> Any:
 
 
 def best_of_plane(
-    operator: Any, damp: Callable[[Any], Any], gradient: Any, direction: Any, previous: Any
-) -> tuple[Any, Array]:
+    damped: DampedCurvature, gradient: Params, direction: Params, previous: Params | None
+) -> tuple[Params, Array]:
     """Minimises the damped model over the plane of the direction and the previous step.
 
     With A = F + Lambda solves [[d.Ad, d.Au], [d.Au, u.Au]] (a, m) = (g.d, g.u) for the step
     a d + m u; a JVP with each is all that F costs. Where u is zero or parallel to d, m is zero.
 
     Args:
-      operator: the curvature F.
-      damp: ``v -> Lambda v``, the damping and the l2 term.
+      damped: the curvature F with its damping and l2 term, Lambda together.
       gradient: pytree g.
       direction: pytree d, the new direction.
       previous: pytree u, the previous step; zeros at first. None leaves it out.
@@ -56,9 +56,9 @@ def best_of_plane(
     vectors = [direction] if previous is None else [direction, previous]
     # Each is brought to unit length first: the products of tiny steps would underflow.
     vectors = [unit(widen_tree(v)) for v in vectors]
-    curvature = operator.inner_products(*(cast_like(v, direction) for v in vectors))
+    curvature = damped.operator.inner_products(*(cast_like(v, direction) for v in vectors))
     slopes = [tree_vdot(gradient, v) for v in vectors]
-    damped = curvature + pairwise(tree_vdot, vectors, [damp(v) for v in vectors])
+    damped = curvature + pairwise(tree_vdot, vectors, [damped.damp_all(v) for v in vectors])
     p = damped[0, 0]
     lengths = [slopes[0] / jnp.where(p > 0, p, 1)]
     if previous is not None:

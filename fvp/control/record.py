@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax.numpy as jnp
 from jax import Array
@@ -18,6 +18,7 @@ class Step(NamedTuple):
     curvature: Array  # d . A d, the curvature and the l2 term, without the damping
     damping_term: Array  # damping * d . d
     length: Array  # the multiple of d that is tried
+    damping: Any = 0.0
 
     @property
     def reduction(self) -> Array:

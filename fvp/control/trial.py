@@ -3,40 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
 
 import jax.numpy as jnp
 from jax import Array
 
 from fvp.control.record import Outcome, Step
-from fvp.curvature.pieces import (
-    apply_weights,
-    example_weights,
-    mask_outputs,
-    total_weight,
-    weighted_nll,
-)
-from fvp.heads import Head
-from fvp.mesh import AxisName, sum_over
-from fvp.numerics import widen
 
 _LEAST = 1e-4  # of the predicted reduction (J. Nocedal, S. Wright, Numerical optimization, 4.1)
-
-
-def mean_nll(head: Head, z: Array, targets: Any, weights: Any, axis_name: AxisName) -> Array:
-    """The loss sum_i w_i nll_i / sum_i w_i of the outputs ``z``."""
-    weights = example_weights(head, z, weights)
-    total = total_weight(weights, z, head.batch_shape(z), axis_name)
-    return sum_over(weighted_nll(head, z, targets, weights), axis_name) / total
-
-
-def mean_kl(head: Head, z: Array, z_new: Array, weights: Any, axis_name: AxisName) -> Array:
-    """sum_i w_i KL(r(z_i) to r(z_new_i)) / sum_i w_i."""
-    weights = example_weights(head, z, weights)
-    total = total_weight(weights, z, head.batch_shape(z), axis_name)
-    mask = lambda z: widen(mask_outputs(weights, head.event_ndim, z))
-    divergence = jnp.sum(apply_weights(weights, 0, head.kl(mask(z), mask(z_new))))
-    return sum_over(divergence, axis_name) / total
 
 
 def loss_outcome(step: Step, before: Array, loss: Callable[[Array], Array]) -> Outcome:

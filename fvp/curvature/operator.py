@@ -11,55 +11,64 @@ import jax.numpy as jnp
 from jax import Array
 from jax.flatten_util import ravel_pytree
 
-from fvp.checks import check_like
+from fvp.checks import check_like, check_positive_int
 from fvp.compilation import compiled_when_eager
+from fvp.curvature.chunked import Chunked, example_count
+from fvp.curvature.linearized import Linearize, LinearizedCurvature
+from fvp.curvature.problem import Problem
 from fvp.mesh import AxisName, sum_over, to_local
-from fvp.numerics import cast_like, power_of_two, widen
+from fvp.numerics import cast_like, power_of_two, widen, zeros_of
+from fvp.records import Record
 
 
-@jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True, repr=False)
-class CurvatureOperator:
+class CurvatureOperator(Record):
     """A curvature of the mean loss L = sum_i w_i nll_i / sum_i w_i, linearised once.
 
     Built by :func:`fvp.fisher` and its siblings. A pytree: it can be returned from ``jit``, passed
     to it, and closed over; ``vmap`` over the vector works. Calls are compiled when made eagerly.
+
+    Attributes:
+      linearized: the curvature of the summed loss.
+      total: sum of the weights.
+      scale: a power of two that keeps sums in half precision in range.
+      template: structure, shapes and dtypes of the parameters.
+      axis_name: mesh axes that the batch is split over inside ``shard_map``.
+      problem: what was linearised, for solvers that need more than products; None in chunks.
     """
 
-    piece: Any
+    linearized: LinearizedCurvature
     total: Array
     scale: Array
     template: Any = dataclasses.field(metadata={"static": True})
     axis_name: AxisName = dataclasses.field(metadata={"static": True})
-    source: Any = None
+    problem: Problem | None = None
 
     @classmethod
     def of(
-        cls,
-        piece: Any,
-        total: Array,
-        count: int,
-        params: Any,
-        axis_name: AxisName,
-        source: Any = None,
+        cls, linearized: LinearizedCurvature, problem: Problem, z: Any, *, keep: bool
     ) -> CurvatureOperator:
-        """The mean of ``piece``, ``count`` examples of weight ``total``, over trees like params.
-
-        ``source`` is the model and the data that the piece was linearised at, for solvers that need
-        more than products.
-        """
-        leaves, structure = jax.tree.flatten(params)
+        """The mean of ``linearized`` over the examples of the outputs ``z``, or their shape."""
+        leaves, structure = jax.tree.flatten(problem.params)
         shapes = tuple(jax.ShapeDtypeStruct(leaf.shape, leaf.dtype) for leaf in leaves)
+        total, count = problem.total_weight(z), math.prod(problem.head.batch_shape(z))
         # A model in half precision sums over examples in half precision: neither a sum of large
         # terms nor terms divided by a large total beforehand would stay in its range, but terms
         # near 1 / sqrt(count) do. A power of two, so that nothing is rounded.
         scale = power_of_two(math.sqrt(count) / jnp.abs(total))
-        return cls(piece, total, scale, (structure, shapes), axis_name, source)
+        kept = problem if keep else None
+        return cls(linearized, total, scale, (structure, shapes), problem.axis_name, kept)
+
+    @property
+    def like(self) -> Any:
+        """Shapes and dtypes of the parameters, as a tree of ``jax.ShapeDtypeStruct``."""
+        structure, shapes = self.template
+        return jax.tree.unflatten(structure, shapes)
 
     @property
     def output(self) -> Array:
         """The model's output z, from the same linearisation."""
-        return self.piece.output
+        return self.linearized.output
 
     def mv(self, v: Any) -> Any:
         """The curvature times ``v``: one linear JVP, the z-space scaling, one linear VJP.
@@ -74,18 +83,18 @@ class CurvatureOperator:
           ValueError: if the structure or a shape differs from the parameters'.
           TypeError: if a leaf is not floating-point.
         """
-        return _product(self, check_like(v, self._like(), "v", "params"))
+        return _product(self, check_like(v, self.like, "v", "params"))
 
     def __matmul__(self, v: Any) -> Any:
         return self.mv(v)
 
     def mv_and_form(self, v: Any) -> tuple[Any, Array]:
         """The product with ``v`` and v^T (curvature) v, at the cost of the product alone."""
-        return _product_and_form(self, check_like(v, self._like(), "v", "params"))
+        return _product_and_form(self, check_like(v, self.like, "v", "params"))
 
-    def pull(self, u: Array) -> Any:
+    def transpose_product(self, u: Array) -> Any:
         """J^T H_L u for a change ``u`` of the outputs; of curvatures J^T H_L J that hold J."""
-        return self._mean(self.piece.pull(u, self.scale))
+        return self._mean(self.linearized.transpose_product(u, self.scale))
 
     def quadratic_form(self, v: Any) -> Array:
         """v^T (curvature) v as a scalar in float32 or wider; costs one JVP where z suffices."""
@@ -93,7 +102,7 @@ class CurvatureOperator:
 
     def inner_products(self, *vectors: Any) -> Array:
         """The matrix of v_i^T (curvature) v_j; costs one JVP for each vector where z suffices."""
-        like = self._like()
+        like = self.like
         return _inner_products(self, [check_like(v, like, "v", "params") for v in vectors])
 
     def value_and_grad(self, targets: Any) -> tuple[Array, Any]:
@@ -125,10 +134,6 @@ class CurvatureOperator:
             )
         return _dense(self)
 
-    def _like(self) -> Any:
-        structure, shapes = self.template
-        return jax.tree.unflatten(structure, shapes)
-
     def _mean(self, tree: Any) -> Any:
         # Where all weights are zero the total is infinite, and nothing that was summed counts.
         none = self.total == jnp.inf
@@ -137,35 +142,60 @@ class CurvatureOperator:
 
     def __repr__(self) -> str:
         size = sum(math.prod(leaf.shape) for leaf in self.template[1])
-        return f"CurvatureOperator({type(self.piece).__name__}, parameters={size})"
+        return f"CurvatureOperator({type(self.linearized).__name__}, parameters={size})"
+
+
+def build_operator(
+    linearize: Linearize, problem: Problem, chunk_size: int | None
+) -> CurvatureOperator:
+    """Linearises ``problem``, whole or in chunks; compiled when called eagerly."""
+    if chunk_size is not None:
+        check_positive_int(chunk_size, "chunk_size")
+        if chunk_size < example_count(problem):
+            return _in_chunks(linearize, problem, chunk_size)
+    return _whole(linearize, problem)
+
+
+@compiled_when_eager
+def _whole(linearize: Linearize, problem: Problem) -> CurvatureOperator:
+    problem = problem.present()
+    linearized = linearize(problem)
+    problem.check_outputs(linearized.output)
+    return CurvatureOperator.of(linearized, problem, linearized.output, keep=True)
+
+
+@compiled_when_eager
+def _in_chunks(linearize: Linearize, problem: Problem, chunk_size: int) -> CurvatureOperator:
+    chunked = Chunked.of(linearize, problem, chunk_size)
+    z = jax.eval_shape(problem.outputs, problem.params)
+    return CurvatureOperator.of(chunked, problem, z, keep=False)
 
 
 @compiled_when_eager
 def _product(operator: CurvatureOperator, v: Any) -> Any:
     v = to_local(v, operator.axis_name, "v")
-    return operator._mean(operator.piece.product(v, operator.scale))
+    return operator._mean(operator.linearized.product(v, operator.scale))
 
 
 @compiled_when_eager
 def _product_and_form(operator: CurvatureOperator, v: Any) -> tuple[Any, Array]:
     v = to_local(v, operator.axis_name, "v")
-    return operator._mean(operator.piece.product_and_form(v, operator.scale))
+    return operator._mean(operator.linearized.product_and_form(v, operator.scale))
 
 
 @compiled_when_eager
 def _inner_products(operator: CurvatureOperator, vectors: list[Any]) -> Array:
     vectors = to_local(vectors, operator.axis_name, "v")
-    return operator._mean(operator.piece.inner_products(vectors, operator.scale))
+    return operator._mean(operator.linearized.inner_products(vectors, operator.scale))
 
 
 @compiled_when_eager
 def _value_and_grad(operator: CurvatureOperator, targets: Any) -> tuple[Array, Any]:
-    return operator._mean(operator.piece.value_and_gradient(targets, operator.scale))
+    return operator._mean(operator.linearized.value_and_gradient(targets, operator.scale))
 
 
 @compiled_when_eager
 def _dense(operator: CurvatureOperator) -> Array:
-    zero = jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), operator._like())
-    flat, unravel = ravel_pytree(zero)
+    flat, unravel = ravel_pytree(zeros_of(operator.like))
     column = lambda e: ravel_pytree(operator.mv(unravel(e)))[0]
     return jax.vmap(column, out_axes=1)(jnp.eye(flat.size, dtype=flat.dtype))

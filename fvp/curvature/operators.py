@@ -1,9 +1,7 @@
-"""The five curvatures. Each is one metric (or the exact Hessian) on one mechanism."""
+"""The five curvatures, and any other of the form J^T H J. Each is linearised once, when built."""
 
 from __future__ import annotations
 
-import functools
-from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -11,27 +9,87 @@ from jax import Array
 from jax.typing import ArrayLike
 
 from fvp.checks import check_positive_int
-from fvp.curvature import metrics, pieces
-from fvp.curvature.build import build_operator
-from fvp.curvature.metrics import Examples
-from fvp.curvature.operator import CurvatureOperator
+from fvp.curvature.exact_hessian import ExactHessian
+from fvp.curvature.gauss_newton import gauss_newton_of
+from fvp.curvature.operator import CurvatureOperator, build_operator
+from fvp.curvature.output_curvature import (
+    EmpiricalCurvature,
+    FisherCurvature,
+    HessianCurvature,
+    OutputCurvature,
+    SampledCurvature,
+    check_output_curvature,
+)
+from fvp.curvature.problem import Problem, required_targets
 from fvp.heads import Head
 from fvp.mesh import AxisName
+from fvp.typing import Batch, ModelFn, Params
 
-ModelFn = Callable[[Any, Any], Array]
 
-# Module-level objects: they are static arguments of compiled builds, and hash by identity.
-_fisher_piece = functools.partial(pieces.gauss_newton_piece, metrics.fisher_metric)
-_ggn_piece = functools.partial(pieces.gauss_newton_piece, metrics.ggn_metric)
-_empirical_piece = functools.partial(pieces.gauss_newton_piece, metrics.empirical_metric)
-_monte_carlo_piece = functools.partial(pieces.gauss_newton_piece, metrics.monte_carlo_metric)
+def gauss_newton(
+    kind: type[OutputCurvature],
+    model_fn: ModelFn,
+    head: Head,
+    params: Params,
+    batch: Batch,
+    targets: Any = None,
+    *,
+    weights: ArrayLike | None = None,
+    chunk_size: int | None = None,
+    batch_axes: Any = 0,
+    axis_name: AxisName = None,
+) -> CurvatureOperator:
+    r"""The curvature sum_i w_i J_i^T H_i J_i / sum_i w_i of any H in the space of the outputs.
+
+    Args:
+      kind: class of the output curvature H, a subclass of :class:`fvp.OutputCurvature`.
+      model_fn: as all other arguments, described at :func:`fvp.fisher`.
+      head: see there.
+      params: see there.
+      batch: see there.
+      targets: what ``kind`` reads as ``problem.targets``.
+      weights: see there.
+      chunk_size: see there.
+      batch_axes: see there.
+      axis_name: see there.
+
+    Returns:
+      A :class:`CurvatureOperator`. :func:`fvp.solve_dual` takes it where H has a root.
+
+    Raises:
+      TypeError: if ``kind`` is not an output curvature, or as :func:`fvp.fisher`.
+      ValueError: as :func:`fvp.fisher`.
+
+    Example:
+      >>> import jax.numpy as jnp, fvp
+      >>> x, y = jnp.array([[1.0], [2.0]]), jnp.array([[1.0], [0.0]])
+      >>> model, w = lambda w, x: x @ w, jnp.zeros((1, 1))
+      >>> E = fvp.gauss_newton(fvp.EmpiricalCurvature, model, fvp.Sigmoid(), w, x, y)
+      >>> print(E @ jnp.ones((1, 1)))  # mean of (x / 2)^2
+      [[0.625]]
+
+    Reference:
+      N. Schraudolph, Fast curvature matrix-vector products for second-order gradient descent, 2002.
+    """
+    check_output_curvature(kind, "kind")
+    problem = Problem.of(
+        model_fn,
+        head,
+        params,
+        batch,
+        targets=targets,
+        weights=weights,
+        batch_axes=batch_axes,
+        axis_name=axis_name,
+    )
+    return build_operator(gauss_newton_of(kind), problem, chunk_size)
 
 
 def fisher(
     model_fn: ModelFn,
     head: Head,
-    params: Any,
-    batch: Any,
+    params: Params,
+    batch: Batch,
     *,
     weights: ArrayLike | None = None,
     chunk_size: int | None = None,
@@ -85,17 +143,16 @@ def fisher(
       S. Amari, Natural gradient works efficiently in learning, 1998; N. Schraudolph, Fast curvature
       matrix-vector products for second-order gradient descent, 2002.
     """
-    examples = Examples(weights=weights)
-    return build_operator(
-        _fisher_piece, model_fn, head, params, batch, examples, chunk_size, batch_axes, axis_name
-    )
+    options = {"weights": weights, "batch_axes": batch_axes, "axis_name": axis_name}
+    problem = Problem.of(model_fn, head, params, batch, **options)
+    return build_operator(gauss_newton_of(FisherCurvature), problem, chunk_size)
 
 
 def ggn(
     model_fn: ModelFn,
     head: Head,
-    params: Any,
-    batch: Any,
+    params: Params,
+    batch: Batch,
     targets: Any,
     *,
     weights: ArrayLike | None = None,
@@ -106,23 +163,25 @@ def ggn(
     r"""Generalised Gauss-Newton matrix, G = sum_i w_i J_i^T [d^2 nll_i / dz^2] J_i / sum_i w_i.
 
     The Hessian of the loss with the model replaced by its linearisation. For heads over natural
-    parameters, which all heads of this library are, the targets cancel and G equals the Fisher;
-    rows of :class:`fvp.Softmax` targets that do not sum to one count by their sum.
+    parameters (:class:`fvp.NaturalHead`) the targets cancel and G equals the Fisher; rows of
+    :class:`fvp.Softmax` targets that do not sum to one count by their sum. For others, such as
+    :class:`fvp.LearnedScaleGaussian`, G may be indefinite.
 
     Args, returns, raises: as :func:`fvp.fisher`, and ``targets``, the labels that the head's
     ``nll`` takes.
     """
-    examples = Examples(targets=_required(targets), weights=weights)
-    return build_operator(
-        _ggn_piece, model_fn, head, params, batch, examples, chunk_size, batch_axes, axis_name
+    options = {"weights": weights, "batch_axes": batch_axes, "axis_name": axis_name}
+    problem = Problem.of(
+        model_fn, head, params, batch, targets=required_targets(targets), **options
     )
+    return build_operator(gauss_newton_of(HessianCurvature), problem, chunk_size)
 
 
 def empirical_fisher(
     model_fn: ModelFn,
     head: Head,
-    params: Any,
-    batch: Any,
+    params: Params,
+    batch: Batch,
     targets: Any,
     *,
     weights: ArrayLike | None = None,
@@ -147,17 +206,18 @@ def empirical_fisher(
       F. Kunstner, L. Balles, P. Hennig, Limitations of the empirical Fisher approximation for
       natural gradient descent, 2019.
     """
-    examples = Examples(targets=_required(targets), weights=weights)
-    return build_operator(
-        _empirical_piece, model_fn, head, params, batch, examples, chunk_size, batch_axes, axis_name
+    options = {"weights": weights, "batch_axes": batch_axes, "axis_name": axis_name}
+    problem = Problem.of(
+        model_fn, head, params, batch, targets=required_targets(targets), **options
     )
+    return build_operator(gauss_newton_of(EmpiricalCurvature), problem, chunk_size)
 
 
 def mc_fisher(
     model_fn: ModelFn,
     head: Head,
-    params: Any,
-    batch: Any,
+    params: Params,
+    batch: Batch,
     key: Array,
     *,
     num_samples: int = 1,
@@ -178,25 +238,16 @@ def mc_fisher(
     check_positive_int(num_samples, "num_samples")
     shard = None if axis_name is None else jax.lax.axis_index(axis_name)
     keys = jax.random.split(key, num_samples)
-    examples = Examples(weights=weights, keys=keys, shard=shard)
-    return build_operator(
-        _monte_carlo_piece,
-        model_fn,
-        head,
-        params,
-        batch,
-        examples,
-        chunk_size,
-        batch_axes,
-        axis_name,
-    )
+    options = {"weights": weights, "batch_axes": batch_axes, "axis_name": axis_name}
+    problem = Problem.of(model_fn, head, params, batch, keys=keys, shard=shard, **options)
+    return build_operator(gauss_newton_of(SampledCurvature), problem, chunk_size)
 
 
 def hessian(
     model_fn: ModelFn,
     head: Head,
-    params: Any,
-    batch: Any,
+    params: Params,
+    batch: Batch,
     targets: Any,
     *,
     weights: ArrayLike | None = None,
@@ -211,21 +262,8 @@ def hessian(
     Args, returns, raises: as :func:`fvp.fisher`, and ``targets``, the labels that the head's
     ``nll`` takes.
     """
-    examples = Examples(targets=_required(targets), weights=weights)
-    return build_operator(
-        pieces.hessian_piece,
-        model_fn,
-        head,
-        params,
-        batch,
-        examples,
-        chunk_size,
-        batch_axes,
-        axis_name,
+    options = {"weights": weights, "batch_axes": batch_axes, "axis_name": axis_name}
+    problem = Problem.of(
+        model_fn, head, params, batch, targets=required_targets(targets), **options
     )
-
-
-def _required(targets: Any) -> Any:
-    if targets is None:
-        raise ValueError("targets: expected the labels of the batch, got None.")
-    return targets
+    return build_operator(ExactHessian.of, problem, chunk_size)

@@ -6,7 +6,7 @@ of zero times it is NaN.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -15,19 +15,19 @@ from jax import Array
 
 from fvp.checks import broadcast_weights
 from fvp.heads import Head
+from fvp.typing import Batch
 
 
 def without_absent(
-    model: Any,
     head: Head,
-    params: Any,
-    batch: Any,
+    batch: Batch,
     axes: Sequence[int | None] | None,
     weights: Any,
-) -> Any:
+    outputs: Callable[[], Any],
+) -> Batch:
     """``batch`` with the inputs of weight zero that are not finite replaced by those of an example.
 
-    Only by ``weights``, and only in floating-point leaves whose example axis (``axes``; the first
+    ``outputs()`` is the shape of the model's. Only by ``weights``, and only in floating-point leaves whose example axis (``axes``; the first
     where that is None) is as long as that of the model's output. A leaf that begins with all batch
     axes of the output is read position by position, any other example by example. Finite inputs
     stay as they are: a leaf may have that length by chance, and where examples meet in the model
@@ -36,9 +36,9 @@ def without_absent(
     leaves, structure = jax.tree.flatten(batch)
     axes = [0] * len(leaves) if axes is None else axes
     pairs = list(zip(leaves, axes, strict=True))
-    if weights is None or not any(_may_hold(leaf, axis) for leaf, axis in pairs):
+    if not any(_may_hold(leaf, axis) for leaf, axis in pairs):
         return batch
-    z = jax.eval_shape(lambda *args: model(*args), params, batch)
+    z = outputs()
     head.check_outputs(z)
     counts = head.batch_shape(z)
     present = broadcast_weights(weights, counts, jnp.float32) != 0

@@ -1,32 +1,38 @@
-"""One-call products, compiled when called eagerly."""
+"""One-call products: linearise and multiply, in one program when called eagerly."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any
 
-import jax
 from jax.typing import ArrayLike
 
-from fvp.checks import check_inexact_tree, check_like
+from fvp.checks import check_like
 from fvp.compilation import compiled_when_eager
-from fvp.curvature import operators
-from fvp.curvature.operator import CurvatureOperator
-from fvp.curvature.operators import ModelFn
+from fvp.curvature.gauss_newton import gauss_newton_of
+from fvp.curvature.operator import build_operator
+from fvp.curvature.output_curvature import (
+    EmpiricalCurvature,
+    FisherCurvature,
+    HessianCurvature,
+    OutputCurvature,
+    check_output_curvature,
+)
+from fvp.curvature.problem import Problem, required_targets
 from fvp.heads import Head
+from fvp.typing import Batch, ModelFn, Params
 
 
 def fisher_vector_product(
     model_fn: ModelFn,
     head: Head,
-    params: Any,
-    batch: Any,
-    vector: Any,
+    params: Params,
+    batch: Batch,
+    vector: Params,
     *,
     weights: ArrayLike | None = None,
     chunk_size: int | None = None,
     batch_axes: Any = 0,
-) -> Any:
+) -> Params:
     """``fvp.fisher(...) @ vector`` in one call.
 
     To multiply several vectors at one ``params`` and ``batch``, build the operator once: each of
@@ -46,92 +52,76 @@ def fisher_vector_product(
       [[3.  ]
        [4.25]]
     """
-    return _one_call(
-        operators.fisher, model_fn, head, params, batch, (), vector, weights, chunk_size, batch_axes
-    )
+    data = {"weights": weights, "batch_axes": batch_axes}
+    problem = Problem.of(model_fn, head, params, batch, **data)
+    return _product(FisherCurvature, problem, vector, chunk_size)
 
 
 def ggn_vector_product(
     model_fn: ModelFn,
     head: Head,
-    params: Any,
-    batch: Any,
+    params: Params,
+    batch: Batch,
     targets: Any,
-    vector: Any,
+    vector: Params,
     *,
     weights: ArrayLike | None = None,
     chunk_size: int | None = None,
     batch_axes: Any = 0,
-) -> Any:
+) -> Params:
     """``fvp.ggn(...) @ vector`` in one call; see :func:`fisher_vector_product`."""
-    ys = (targets,)
-    return _one_call(
-        operators.ggn, model_fn, head, params, batch, ys, vector, weights, chunk_size, batch_axes
-    )
+    data = {"weights": weights, "batch_axes": batch_axes, "targets": required_targets(targets)}
+    problem = Problem.of(model_fn, head, params, batch, **data)
+    return _product(HessianCurvature, problem, vector, chunk_size)
 
 
 def empirical_fisher_vector_product(
     model_fn: ModelFn,
     head: Head,
-    params: Any,
-    batch: Any,
+    params: Params,
+    batch: Batch,
     targets: Any,
-    vector: Any,
+    vector: Params,
     *,
     weights: ArrayLike | None = None,
     chunk_size: int | None = None,
     batch_axes: Any = 0,
-) -> Any:
+) -> Params:
     """``fvp.empirical_fisher(...) @ vector`` in one call; see :func:`fisher_vector_product`."""
-    build, ys = operators.empirical_fisher, (targets,)
-    return _one_call(
-        build, model_fn, head, params, batch, ys, vector, weights, chunk_size, batch_axes
-    )
+    data = {"weights": weights, "batch_axes": batch_axes, "targets": required_targets(targets)}
+    problem = Problem.of(model_fn, head, params, batch, **data)
+    return _product(EmpiricalCurvature, problem, vector, chunk_size)
 
 
-def _one_call(
-    build: Callable[..., CurvatureOperator],
+def gauss_newton_vector_product(
+    kind: type[OutputCurvature],
     model_fn: ModelFn,
     head: Head,
-    params: Any,
-    batch: Any,
-    targets: tuple[Any, ...],
-    vector: Any,
-    weights: Any,
-    chunk_size: int | None,
-    batch_axes: Any,
-) -> Any:
-    params = check_inexact_tree(params, "params")
-    vector = check_like(vector, params, "vector", "params")
-    leaves, structure = jax.tree.flatten(batch_axes, is_leaf=lambda axis: axis is None)
-    axes = (structure, tuple(leaves))  # hashable, whatever container came
-    return _build_and_multiply(
-        build, model_fn, chunk_size, axes, head, params, batch, targets, vector, weights
-    )
+    params: Params,
+    batch: Batch,
+    targets: Any,
+    vector: Params,
+    *,
+    weights: ArrayLike | None = None,
+    chunk_size: int | None = None,
+    batch_axes: Any = 0,
+) -> Params:
+    """``fvp.gauss_newton(kind, ...) @ vector`` in one call; see :func:`fisher_vector_product`."""
+    check_output_curvature(kind, "kind")
+    data = {"weights": weights, "batch_axes": batch_axes, "targets": targets}
+    problem = Problem.of(model_fn, head, params, batch, **data)
+    return _product(kind, problem, vector, chunk_size)
+
+
+def _product(
+    kind: type[OutputCurvature], problem: Problem, vector: Params, chunk_size: int | None
+) -> Params:
+    vector = check_like(vector, problem.params, "vector", "params")
+    return _linearize_and_multiply(kind, problem, vector, chunk_size)
 
 
 @compiled_when_eager
-def _build_and_multiply(
-    build: Callable[..., CurvatureOperator],
-    model_fn: ModelFn,
-    chunk_size: int | None,
-    axes: tuple[Any, tuple[int | None, ...]],
-    head: Head,
-    params: Any,
-    batch: Any,
-    targets: tuple[Any, ...],
-    vector: Any,
-    weights: Any,
-) -> Any:
-    batch_axes = jax.tree.unflatten(*axes)
-    operator = build(
-        model_fn,
-        head,
-        params,
-        batch,
-        *targets,
-        weights=weights,
-        chunk_size=chunk_size,
-        batch_axes=batch_axes,
-    )
-    return operator.mv(vector)
+def _linearize_and_multiply(
+    kind: type[OutputCurvature], problem: Problem, vector: Params, chunk_size: int | None
+) -> Params:
+    return build_operator(gauss_newton_of(kind), problem, chunk_size).mv(vector)

@@ -38,7 +38,7 @@ class Gaussian(NaturalHead):
 
     scale: Any = None
     precision: Any = None
-    event_ndim: int = 1
+    event_ndim: int = dataclasses.field(default=1, metadata={"static": True})
 
     def __post_init__(self) -> None:
         check_event_ndim(self.event_ndim)

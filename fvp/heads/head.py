@@ -7,26 +7,25 @@ them.
 from __future__ import annotations
 
 import abc
-import dataclasses
 from typing import Any
 
-import jax
 import jax.numpy as jnp
 from jax import Array
 from jax.typing import ArrayLike
 
 from fvp.heads.root import Root, unit_columns
 from fvp.numerics import widen
+from fvp.records import Record
 
 
-class Head(abc.ABC):
+class Head(Record, abc.ABC):
     """An output distribution r(y given z): the base of all heads, and of your own.
 
     ``z`` has shape ``batch axes + event axes``; the last ``event_ndim`` axes make one example.
     Every method is batched over the batch axes, computes in float32 or wider and returns the dtype
     of ``z``. A head is a frozen dataclass and a pytree: its fields are numbers, arrays or tracers,
-    but for ``event_ndim`` and fields marked ``dataclasses.field(metadata={"static": True})``. A
-    head of plain numbers is hashable and can be a static argument of ``jax.jit``.
+    but for those marked ``dataclasses.field(metadata={"static": True})``, such as ``event_ndim``.
+    A head of plain numbers is hashable and can be a static argument of ``jax.jit``.
 
     A new head implements the abstract methods, which see ``z`` in the computing dtype, and ``y`` as
     it came. Where z is the natural parameter, derive from :class:`NaturalHead`, which states that
@@ -62,13 +61,6 @@ class Head(abc.ABC):
     """
 
     event_ndim: int = 1
-
-    def __init_subclass__(cls, **options: Any) -> None:
-        super().__init_subclass__(**options)
-        # The fields are not known before the dataclass decorator has run: they are read when used.
-        jax.tree_util.register_pytree_with_keys(
-            cls, _flatten, lambda static, leaves: _unflatten(cls, static, leaves)
-        )
 
     def nll(self, z: Array, y: ArrayLike) -> Array:
         """-log r(y given z), normalising constants included; shape = batch axes."""
@@ -238,28 +230,6 @@ class NaturalHead(Head):
         if self._target_count(z, y) is None:
             return root
         return root.scaled(lambda: self._target_count(z, y), self.event_ndim)  # pyright: ignore
-
-
-def _static_fields(cls: Any) -> tuple[list[str], list[str]]:
-    """The names of the fields that are data, and of those that are static."""
-    fields = dataclasses.fields(cls) if dataclasses.is_dataclass(cls) else ()
-    static = [f.name for f in fields if f.name == "event_ndim" or f.metadata.get("static")]
-    return [f.name for f in fields if f.name not in static], static
-
-
-def _flatten(head: Head) -> tuple[list[tuple[Any, Any]], tuple[Any, ...]]:
-    data, static = _static_fields(type(head))
-    leaves = [(jax.tree_util.GetAttrKey(name), getattr(head, name)) for name in data]
-    return leaves, tuple(getattr(head, name) for name in static)
-
-
-def _unflatten(cls: type[Head], static: tuple[Any, ...], leaves: Any) -> Head:
-    # Fields are validated where a person builds the head, in __post_init__; JAX rebuilds heads with
-    # tracers and placeholders in them, so this goes round the constructor.
-    head, names = object.__new__(cls), _static_fields(cls)
-    for name, value in zip([*names[0], *names[1]], [*leaves, *static], strict=True):
-        object.__setattr__(head, name, value)
-    return head
 
 
 def check_head(head: Any, hint: str = "") -> None:

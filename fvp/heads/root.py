@@ -20,11 +20,14 @@ class Root(NamedTuple):
         float32 or wider. ``k`` may be a tracer.
       score: ``score(targets)`` gives the w (batch axes, K) with sum_k w_k c_k = -score(z, targets),
         the gradient of the nll; None where that has no closed form.
+      independent: the columns of two examples are random, independent and of mean zero, so that
+        their products vanish in expectation.
     """
 
     size: int
     column: Callable[[ArrayLike], Array]
     score: Callable[[ArrayLike], Array] | None = None
+    independent: bool = False
 
     def scaled(self, factor: Callable[[], Array], event_ndim: int) -> Root:
         """The root of c H, for the c of each example (batch axes) that ``factor()`` gives."""

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
-from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -11,26 +11,26 @@ import jax.numpy as jnp
 from jax import Array
 from jax.typing import ArrayLike
 
-from fvp.checks import check_inexact_tree, check_positive_int
+from fvp.checks import check_positive_int
 from fvp.compilation import compiled_when_eager
+from fvp.curvature import FisherCurvature, OutputCurvature, Problem, SampledCurvature
 from fvp.curvature.linearization import Linearization
 from fvp.heads import Head
-from fvp.heads.head import check_head
 from fvp.layers.columns import check_not_negative, columns_of
 from fvp.layers.groups import Rows
 from fvp.layers.report import check_fallback
 from fvp.layers.rows import CHUNK, LayerRows, layer_rows
 from fvp.layers.squares import squared
 from fvp.mesh import auto_sharded
-from fvp.model import close_model
 from fvp.numerics import cast_like, widen
+from fvp.typing import Batch, ModelFn, Params
 
 
 def fisher_diagonal(
-    model_fn: Callable[[Any, Any], Array],
+    model_fn: ModelFn,
     head: Head,
-    params: Any,
-    batch: Any,
+    params: Params,
+    batch: Batch,
     *,
     weights: ArrayLike | None = None,
     key: Array | None = None,
@@ -85,34 +85,29 @@ def fisher_diagonal(
     check_positive_int(num_samples, "num_samples")
     check_fallback(fallback)
     check_not_negative(weights)
-    check_head(head)
-    params = check_inexact_tree(params, "params")
-    model_fn, batch = close_model(model_fn, batch)
-    axes, structure = jax.tree.flatten(batch_axes, is_leaf=lambda axis: axis is None)
-    static = ((structure, tuple(axes)), num_samples, fallback)
-    return _diagonal(model_fn, static, head, params, batch, weights, key)
+    keys = None if key is None else jax.random.split(key, num_samples)
+    data = {"weights": weights, "batch_axes": batch_axes, "keys": keys}
+    problem = Problem.of(model_fn, head, params, batch, **data)
+    kind = FisherCurvature if key is None else SampledCurvature
+    return _diagonal(kind, problem, fallback)
+
+
+def diagonal_of(problem: Problem, num_samples: int | None, seed: int) -> Params:
+    """The diagonal of the Fisher of ``problem``, estimated from ``num_samples`` or exact (None)."""
+    if num_samples is None:
+        return _diagonal(FisherCurvature, problem, None)
+    keys = jax.random.split(jax.random.key(seed), num_samples)
+    return _diagonal(SampledCurvature, dataclasses.replace(problem, keys=keys), None)
 
 
 @compiled_when_eager
-def _diagonal(model_fn: Any, static: Any, head: Head, params: Any, *data: Any) -> Any:
-    return auto_sharded(
-        functools.partial(_squares, model_fn, static), head, params, *data, like=params
-    )
+def _diagonal(kind: type[OutputCurvature], problem: Problem, fallback: str | None) -> Params:
+    function = functools.partial(_squares, kind, fallback)
+    return auto_sharded(function, problem, like=problem.params)
 
 
-def _squares(
-    model_fn: Any,
-    static: Any,
-    head: Head,
-    params: Any,
-    batch: Any,
-    weights: Any,
-    key: Any,
-) -> Any:
-    axes, num_samples, fallback = static
-    keys = None if key is None else jax.random.split(key, num_samples)
-    batch_axes = jax.tree.unflatten(*axes)
-    captured = layer_rows(model_fn, head, params, batch, weights, batch_axes, fallback, keys=keys)
+def _squares(kind: type[OutputCurvature], fallback: str | None, problem: Problem) -> Params:
+    captured = layer_rows(problem, kind, fallback)
     layers = captured.layers
 
     def squares(groups: list[Rows]) -> list[Array]:
@@ -123,35 +118,26 @@ def _squares(
         return total
 
     total = captured.sum(squares)
-    for leaf, value in squared_rows(
-        model_fn, head, params, batch, weights, captured, captured.lost, keys=keys
-    ).items():
+    for leaf, value in squared_rows(kind, problem, captured, captured.lost).items():
         total[leaf] = value
-    return cast_like(layers.unflatten(total), params)
+    return cast_like(layers.unflatten(total), problem.params)
 
 
 def squared_rows(
-    model_fn: Any,
-    head: Head,
-    params: Any,
-    batch: Any,
-    weights: Any,
-    captured: LayerRows,
-    lost: list[int],
-    **options: Any,
+    kind: type[OutputCurvature], problem: Problem, captured: LayerRows, lost: list[int]
 ) -> dict[int, Array]:
     """The diagonal of the leaves ``lost``, by one backward pass for every row and column."""
     if not lost:
         return {}
     everywhere = range(len(captured.layers.batch_shape))
-    columns = columns_of(head, captured.layers.z, weights, everywhere, **options)
-    leaves, structure = jax.tree.flatten(params)
+    columns = columns_of(kind, problem, captured.layers.z, everywhere)
+    leaves, structure = jax.tree.flatten(problem.params)
 
     def model(some: list[Any]) -> Array:
         whole = list(leaves)
         for leaf, value in zip(lost, some, strict=True):
             whole[leaf] = value
-        return model_fn(jax.tree.unflatten(structure, whole), batch)
+        return problem.outputs(jax.tree.unflatten(structure, whole))
 
     linearization = Linearization.of(model, [leaves[leaf] for leaf in lost])
     dtype = linearization.output.dtype

@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 import functools
 import math
-from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -16,10 +15,16 @@ from jax.flatten_util import ravel_pytree
 from jax.sharding import Mesh
 from jax.typing import ArrayLike
 
-from fvp.checks import check_inexact_tree, check_like, check_nonnegative, check_positive_int
+from fvp.checks import check_like, check_nonnegative, check_positive_int
 from fvp.compilation import compiled_when_eager
+from fvp.curvature import (
+    EmpiricalCurvature,
+    FisherCurvature,
+    OutputCurvature,
+    Problem,
+    SampledCurvature,
+)
 from fvp.heads import Head
-from fvp.heads.head import check_head
 from fvp.layers.columns import check_not_negative
 from fvp.layers.diagonal import squared_rows
 from fvp.layers.factors import (
@@ -33,8 +38,8 @@ from fvp.layers.layouts import Layout
 from fvp.layers.report import Coverage, check_fallback, coverage_of
 from fvp.layers.rows import layer_rows
 from fvp.mesh import auto_sharded, share_out
-from fvp.model import close_model
 from fvp.numerics import cast_like, widen
+from fvp.typing import Batch, ModelFn, Params
 
 
 @jax.tree_util.register_dataclass
@@ -83,8 +88,7 @@ class KFAC:
           mesh: a device mesh: each of its devices inverts its share of the blocks and sends it to
             the others. Without one every device inverts all.
         """
-        if rule not in DAMPING_RULES:
-            raise ValueError(f"rule: expected one of {DAMPING_RULES}, got {rule!r}.")
+        check_damping_rule(rule)
         check_nonnegative(damping, "damping")
         if isinstance(damping, (int, float)) and damping == 0 and self._is_singular():
             raise ValueError(
@@ -212,10 +216,10 @@ def _solution(inverse: KFACInverse, v: Any) -> Any:
 
 
 def kfac(
-    model_fn: Callable[[Any, Any], Array],
+    model_fn: ModelFn,
     head: Head,
-    params: Any,
-    batch: Any,
+    params: Params,
+    batch: Batch,
     *,
     targets: Any = None,
     weights: ArrayLike | None = None,
@@ -278,46 +282,57 @@ def kfac(
     check_positive_int(num_samples, "num_samples")
     check_fallback(fallback)
     check_not_negative(weights)
+    check_weight_sharing(weight_sharing)
+    if targets is not None and key is not None:
+        raise ValueError("targets, key: kfac takes one of the two, got both.")
+    keys = None if key is None else jax.random.split(key, num_samples)
+    data = {"targets": targets, "weights": weights, "keys": keys, "batch_axes": batch_axes}
+    problem = Problem.of(model_fn, head, params, batch, **data)
+    kind = FisherCurvature if targets is None else EmpiricalCurvature
+    kind = kind if key is None else SampledCurvature
+    return kfac_of(
+        problem,
+        kind,
+        weight_sharing=weight_sharing,
+        eigenvalue_corrected=eigenvalue_corrected,
+        fallback=fallback,
+    )
+
+
+def check_damping_rule(rule: str) -> None:
+    """Raises unless there is such a rule."""
+    if rule not in DAMPING_RULES:
+        raise ValueError(f"rule: expected one of {DAMPING_RULES}, got {rule!r}.")
+
+
+def check_weight_sharing(weight_sharing: str) -> None:
+    """Raises unless there is such a way."""
     if weight_sharing not in WEIGHT_SHARING:
         expected = " or ".join(map(repr, WEIGHT_SHARING))
         raise ValueError(f"weight_sharing: expected {expected}, got {weight_sharing!r}.")
-    if targets is not None and key is not None:
-        raise ValueError("targets, key: kfac takes one of the two, got both.")
-    check_head(head)
-    params = check_inexact_tree(params, "params")
-    model_fn, batch = close_model(model_fn, batch)
-    axes, structure = jax.tree.flatten(batch_axes, is_leaf=lambda axis: axis is None)
-    static = ((structure, tuple(axes)), num_samples, weight_sharing, eigenvalue_corrected, fallback)
-    return _build(model_fn, static, head, params, batch, targets, weights, key)
 
 
 @compiled_when_eager
-def _build(model_fn: Any, static: Any, *data: Any) -> KFAC:
-    return auto_sharded(functools.partial(_factored, model_fn, static), *data)
+def kfac_of(problem: Problem, kind: type[OutputCurvature], **options: Any) -> KFAC:
+    """The factors of the curvature ``kind``; options as in :func:`kfac`."""
+    return auto_sharded(functools.partial(_factored, kind, **options), problem)
 
 
 def _factored(
-    model_fn: Any,
-    static: Any,
-    head: Head,
-    params: Any,
-    batch: Any,
-    targets: Any,
-    weights: Any,
-    key: Any,
+    kind: type[OutputCurvature],
+    problem: Problem,
+    *,
+    weight_sharing: str,
+    eigenvalue_corrected: bool,
+    fallback: str | None,
 ) -> KFAC:
-    axes, num_samples, sharing, eigenvalue_corrected, fallback = static
-    keys = None if key is None else jax.random.split(key, num_samples)
-    options = {"targets": targets, "keys": keys}
-    batch_axes = jax.tree.unflatten(*axes)
-    captured = layer_rows(model_fn, head, params, batch, weights, batch_axes, fallback, **options)
+    captured = layer_rows(problem, kind, fallback)
     plans, unserved = plans_of(captured, fallback)
-    blocks = kronecker_blocks(captured, plans, sharing == "reduce")
+    blocks = kronecker_blocks(captured, plans, weight_sharing == "reduce")
     if eigenvalue_corrected:
         blocks = with_corrected_eigenvalues(captured, plans, blocks)
-    rest = sorted(unserved)
-    diagonals = squared_rows(model_fn, head, params, batch, weights, captured, rest, **options)
-    leaves, structure = jax.tree.flatten(params)
+    diagonals = squared_rows(kind, problem, captured, sorted(unserved))
+    leaves, structure = jax.tree.flatten(problem.params)
     shapes = tuple(jax.ShapeDtypeStruct(leaf.shape, leaf.dtype) for leaf in leaves)
     return KFAC(
         tuple(blocks), diagonals, (structure, shapes), coverage_of(captured.layers, unserved)

@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 from jax import Array
 
-from fvp.heads import Head
+from fvp.curvature import OutputCurvature, Problem
 from fvp.layers.capture import Capture, capture
 from fvp.layers.columns import Columns, columns_of
 from fvp.layers.groups import Rows, groups_of
@@ -64,24 +64,19 @@ class LayerRows:
 
 
 def layer_rows(
-    model_fn: Callable[[Any, Any], Array],
-    head: Head,
-    params: Any,
-    batch: Any,
-    weights: Any,
-    batch_axes: Any,
-    fallback: str | None,
-    *,
-    targets: Any = None,
-    keys: Any = None,
+    problem: Problem, kind: type[OutputCurvature], fallback: str | None = None
 ) -> LayerRows:
-    """Captures ``model_fn`` at ``batch`` and chooses the columns."""
-    layers = capture(model_fn, head, params, batch, batch_axes)
+    """Captures the model of ``problem`` and chooses the columns of the curvature ``kind``."""
+    layers = capture_of(problem)
     check_covered(layers, fallback)
-    make = lambda separate: columns_of(
-        head, layers.z, weights, separate, targets=targets, keys=keys
-    )
+    make = lambda separate: columns_of(kind, problem, layers.z, separate)
     return rows_of_capture(layers, make)
+
+
+def capture_of(problem: Problem) -> Capture:
+    """The layers of the model of ``problem``."""
+    batch_axes = problem.batch_axes
+    return capture(problem.model, problem.head, problem.params, problem.batch, batch_axes)
 
 
 def rows_of_capture(

@@ -1,7 +1,35 @@
-"""Solvers of (A + damping I) x = rhs for operators and callables."""
+"""Solvers of (A + damping I) x = rhs: as functions, and as options of the transformations."""
 
-from fvp.solvers.conjugate_gradient import CGInfo, cg
-from fvp.solvers.dual import solve_dual
-from fvp.solvers.systems import SOLVERS, CGSystem, ExactSystem, choose_solver
+from fvp.solvers.auto import Auto
+from fvp.solvers.cg_iteration import CGInfo
+from fvp.solvers.conjugate_gradient import cg
+from fvp.solvers.damped import (
+    DampedCurvature,
+    DampedSolver,
+    DampedSystem,
+    Moment,
+    Setting,
+    Verdict,
+)
+from fvp.solvers.dense import Dense
+from fvp.solvers.dual import Dual, solve_dual
+from fvp.solvers.factored import KFACSolver, KFACState
+from fvp.solvers.iterative import CG
 
-__all__ = ["SOLVERS", "CGInfo", "CGSystem", "ExactSystem", "cg", "choose_solver", "solve_dual"]
+__all__ = [
+    "CG",
+    "Auto",
+    "CGInfo",
+    "DampedCurvature",
+    "DampedSolver",
+    "DampedSystem",
+    "Dense",
+    "Dual",
+    "KFACSolver",
+    "KFACState",
+    "Moment",
+    "Setting",
+    "Verdict",
+    "cg",
+    "solve_dual",
+]

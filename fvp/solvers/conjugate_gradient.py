@@ -18,86 +18,29 @@ Differences from the textbook, and why:
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
-import jax.numpy as jnp
-from jax import Array
 from jax.core import Tracer
 from jax.typing import ArrayLike
 
 from fvp.checks import check_inexact_tree, check_like, check_nonnegative
-from fvp.compilation import compiled_when_eager
-from fvp.numerics import (
-    cast_like,
-    power_of_two,
-    tree_axpy,
-    tree_is_finite,
-    tree_norm,
-    tree_vdot,
-    tree_where,
-    tree_zeros_like,
-    wide_dtype,
-    widen_tree,
-)
-
-
-class CGInfo(NamedTuple):
-    """How a solve went; arrays, so it passes through ``jit`` and ``vmap``.
-
-    Attributes:
-      iterations: int32, products spent in the loop.
-      residual_norm: norm of rhs - (A + damping I) x; the true one where the solve converged and
-        rounding could have parted the two, else as the recurrence carries it.
-      converged: bool, the residual or the progress test was met; the former not only by the
-        recurrence.
-      breakdown: bool, a non-finite value or a curvature that is not positive was met.
-      model_value: 1/2 x^T (A + damping I) x - rhs^T x.
-      curvature: x^T A x, without the damping.
-      damping_term: damping x^T x.
-    """
-
-    iterations: Array
-    residual_norm: Array
-    converged: Array
-    breakdown: Array
-    model_value: Array
-    curvature: Array
-    damping_term: Array
-
-
-class _Carry(NamedTuple):
-    x: Any
-    residual: Any
-    z: Any  # M residual; () without M
-    direction: Any  # the last one, in the dtypes of rhs
-    beta: Array  # how much of it the next one keeps
-    rz: Array  # residual . z
-    rr: Array  # residual . residual
-    pp: Array  # direction . direction
-    steepest: Array  # largest curvature p^T A p / p^T p met so far
-    iteration: Array
-    phi: Array  # quadratic model at x, by its recurrence: b need not be kept for it
-    history: Array  # ring buffer of phi
-    converged: Array
-    breakdown: Array
-    checking: Array  # the next product is by x, for the true residual
-    checked: Array  # residual . residual of the last such product
-    stalled: Array  # it did not fall any more
+from fvp.solvers.cg_iteration import CGInfo, LinearSystem, solve, solve_compiled
+from fvp.typing import Params
 
 
 def cg(
     operator: Any,
-    rhs: Any,
+    rhs: Params,
     *,
     damping: ArrayLike = 0.0,
-    x0: Any = None,
+    x0: Params | None = None,
     tol: ArrayLike = 1e-5,
     atol: ArrayLike = 0.0,
     maxiter: Any = None,
     M: Callable[[Any], Any] | None = None,
     progress_tol: ArrayLike = 0.0,
-) -> tuple[Any, CGInfo]:
+) -> tuple[Params, CGInfo]:
     """Solves (A + damping I) x = rhs for a symmetric positive definite A + damping I.
 
     Where rounding could have parted the residual of the recurrence from the true one (mostly in
@@ -154,226 +97,15 @@ def cg(
             )
     # A function may read state that changes between calls, so it is never compiled for later calls.
     opaque = any(callable(leaf) for leaf in jax.tree.leaves((operator, M)))
-    solve = solve_in_metric if opaque else _solve_compiled
-    return solve(
-        operator, M, None, rhs, damping, x0, tol, atol, limit, window, progress_tol, verify
+    system = LinearSystem(
+        operator,
+        M=M,
+        limit=limit,
+        window=window,
+        verify=verify,
+        **options,
     )
-
-
-def solve_in_metric(
-    operator: Any,
-    M: Any,
-    metric: Any,
-    rhs: Any,
-    damping: Any,
-    x0: Any,
-    tol: Any,
-    atol: Any,
-    limit: Any,
-    window: int,
-    progress_tol: Any,
-    verify: bool = False,
-) -> tuple[Any, CGInfo]:
-    """The solve of :func:`cg`, of A + damping D for the diagonal D = ``metric``; None is I.
-
-    Conjugate gradients for y = D^(1/2) x, in (D^(-1/2) A D^(-1/2) + damping I) y = D^(-1/2) rhs:
-    the same as preconditioning with D, at an inner product less per iteration. The iterate and the
-    direction are kept as x = D^(-1/2) y, which A multiplies; the residual, the norms and M are
-    those of y. ``window`` is the longest look back of the progress test, or 0. ``verify`` says
-    whether convergence is checked by the true residual, which keeps the right-hand side as well.
-    """
-    precondition = getattr(M, "mv", M)
-    dtype = jnp.float32
-    if any(leaf.dtype == jnp.float64 for leaf in jax.tree.leaves(rhs)):
-        dtype = jnp.float64
-    damping, tol, atol = (jnp.asarray(value, dtype) for value in (damping, tol, atol))
-    progress_tol = jnp.asarray(progress_tol, dtype)
-    rounded = any(leaf.dtype != wide_dtype(leaf.dtype) for leaf in jax.tree.leaves(rhs))
-    # Of the dtypes that x and the products are rounded to.
-    eps = max((float(jnp.finfo(leaf.dtype).eps) for leaf in jax.tree.leaves(rhs)), default=0.0)
-    to_y, to_x = _roots(metric)
-
-    def dot(a: Any, b: Any) -> Array:
-        return tree_vdot(a, b).astype(dtype)
-
-    def multiply(v: Any) -> tuple[Any, Array]:
-        """A v, and v^T A v."""
-        if hasattr(operator, "mv_and_form"):
-            product, form = operator.mv_and_form(v)
-            return widen_tree(product), form.astype(dtype)
-        product = getattr(operator, "mv", operator)(v)
-        product = widen_tree(check_like(product, rhs, "operator(v)", "rhs"))
-        return product, dot(v, product)
-
-    def apply_inverse(r: Any) -> Any:
-        return r if M is None else widen_tree(check_like(precondition(r), r, "M(v)", "rhs"))
-
-    b = to_x(widen_tree(rhs))
-    scale = power_of_two(tree_norm(b).astype(dtype))
-    b = jax.tree.map(lambda leaf: (leaf / scale).astype(leaf.dtype), b)
-    bb = dot(b, b)
-    threshold = jnp.maximum(tol * jnp.sqrt(bb), atol / scale).astype(dtype)
-
-    def start() -> tuple[Any, Any, Array]:
-        zeros = tree_zeros_like(b)
-        if x0 is None:
-            return zeros, b, bb
-        x = jax.tree.map(lambda leaf: (leaf / scale).astype(leaf.dtype), widen_tree(x0))
-        x = widen_tree(cast_like(x, rhs))
-        product = tree_axpy(damping, to_y(x), to_x(multiply(cast_like(x, rhs))[0]))
-        residual = tree_axpy(-1, product, b)
-        rr = dot(residual, residual)
-        usable = jnp.isfinite(rr) & (bb > 0)
-        return tree_where(usable, (x, residual, rr), (zeros, b, bb))
-
-    def may_have_drifted(x: Any, iteration: Array, steepest: Array) -> Array:
-        """Whether the true residual may be beyond the threshold that the recurrence met."""
-        size = jnp.maximum(jnp.sqrt(dot(to_y(x), to_y(x))), start_norm)
-        return 16 * eps * iteration.astype(dtype) * steepest * size > threshold
-
-    def body(c: _Carry) -> _Carry:
-        # The direction comes first, so that the last one is dead and XLA overwrites it in place.
-        z = to_x(c.residual if M is None else c.z)
-        stored = cast_like(tree_axpy(c.beta, widen_tree(c.direction), z), rhs)
-        if verify:
-            # A check multiplies x in place of a direction: the operator is compiled once.
-            stored = tree_where(c.checking, cast_like(c.x, rhs), stored)
-        direction, (product, form) = widen_tree(stored), multiply(stored)
-        # The residual is orthogonal to the last direction, unless that was rounded.
-        carried = M is None and not rounded
-        scaled = to_y(direction)
-        pp = c.rr + c.beta * c.beta * c.pp if carried else dot(scaled, scaled)
-        # The damping never enters a vector of its own: a pass over memory less.
-        pap = form + damping * pp
-        slope = dot(scaled, c.residual) if rounded else c.rz
-        steepest = jnp.maximum(c.steepest, pap / pp)
-        alpha = slope / pap
-        # Below this the curvature is rounding: dividing by it would throw x along a null direction.
-        flat = pap <= 4 * jnp.finfo(dtype).eps * steepest * pp
-        good = ~flat & jnp.isfinite(alpha)
-        applied = lambda: tree_axpy(damping, scaled, to_x(product))
-        moved = lambda: tree_where(good, tree_axpy(-alpha, applied(), c.residual), c.residual)
-        residual = otherwise(c, lambda: tree_axpy(-1, applied(), b), moved)
-        rr = dot(residual, residual)
-        good = otherwise(c, lambda: jnp.array(True), lambda: good) & jnp.isfinite(rr)
-
-        z = apply_inverse(residual)
-        rz = rr if M is None else dot(residual, z)
-        reached = good & (jnp.sqrt(rr) <= threshold)
-        usable = jnp.isfinite(rz) & (rz > 0)  # else M is not positive definite
-
-        iteration = c.iteration + jnp.where(c.checking, 0, 1)
-        steepest = jnp.where(c.checking, c.steepest, steepest)
-        x = otherwise(c, lambda: direction, lambda: tree_axpy(alpha, direction, c.x))
-        x = tree_where(good, x, c.x)
-        phi = otherwise(
-            c,
-            lambda: -0.5 * dot(scaled, tree_axpy(1, b, residual)),
-            lambda: c.phi - 0.5 * alpha * slope,
-        )
-        checking = jnp.array(False)
-        if verify:
-            drifted = lambda: may_have_drifted(x, iteration, steepest)
-            checking = jax.lax.cond(reached & ~c.checking, drifted, lambda: checking)
-        converged, history = reached & ~checking, c.history
-        if window:
-            k = jnp.clip((iteration + 9) // 10, 10, window)
-            before = history[(iteration - k) % (window + 1)]
-            small = (phi - before) / phi < k.astype(dtype) * progress_tol
-            small &= ~c.checking
-            converged |= good & (iteration > k) & (phi < 0) & small
-            history = history.at[iteration % (window + 1)].set(phi)
-        return _Carry(
-            x=x,
-            residual=residual,
-            z=() if M is None else z,
-            direction=stored,
-            beta=jnp.where(c.checking, 0, rz / c.rz),
-            rz=rz,
-            rr=jnp.where(good, rr, c.rr),
-            pp=jnp.where(c.checking, 0, pp),
-            steepest=steepest,
-            iteration=iteration,
-            phi=jnp.where(good, phi, c.phi),
-            history=history,
-            converged=converged,
-            breakdown=~good | (~reached & ~usable),
-            checking=checking & ~converged,
-            checked=jnp.where(c.checking, rr, c.checked),
-            stalled=c.checking & ~(rr <= 0.25 * c.checked),
-        )
-
-    def otherwise(c: _Carry, checked: Callable[[], Any], moved: Callable[[], Any]) -> Any:
-        """``checked()`` after the product of a check, else ``moved()``."""
-        return jax.lax.cond(c.checking, checked, moved) if verify else moved()
-
-    def unfinished(c: _Carry) -> Array:
-        going = ~c.converged & ~c.breakdown & ~c.stalled
-        return going & (c.checking | (c.iteration < limit))
-
-    x, residual, rr = start()
-    start_norm = jnp.zeros((), dtype)
-    if verify and x0 is not None:
-        start_norm = jnp.sqrt(dot(to_y(x), to_y(x)))
-    z = apply_inverse(residual)
-    rz = rr if M is None else dot(residual, z)
-    phi = jnp.zeros((), dtype)
-    if x0 is not None:
-        phi = -0.5 * dot(to_y(x), tree_axpy(1, b, residual))
-    converged = jnp.isfinite(rr) & (jnp.sqrt(rr) <= threshold)
-    last = jax.lax.while_loop(
-        unfinished,
-        body,
-        _Carry(
-            x=x,
-            residual=residual,
-            z=() if M is None else z,
-            direction=tree_zeros_like(rhs),
-            beta=jnp.zeros((), dtype),
-            rz=rz,
-            rr=rr,
-            pp=jnp.zeros((), dtype),
-            steepest=jnp.zeros((), dtype),
-            iteration=jnp.zeros((), jnp.int32),
-            phi=phi,
-            history=jnp.full((window + 1,), phi),
-            converged=converged,
-            breakdown=~converged & ~(jnp.isfinite(rz) & (rz > 0)),
-            checking=jnp.zeros((), jnp.bool_),
-            checked=jnp.full((), jnp.inf, dtype),
-            stalled=jnp.zeros((), jnp.bool_),
-        ),
-    )
-    # y^T (...) y is -2 phi - 2 y^T r, since (...) y = b - r: without a product.
-    y = to_y(last.x)
-    yr, damping_term = dot(y, last.residual), damping * dot(y, y)
-    yr = jnp.where(jnp.isfinite(yr), yr, 0)  # a residual that overflowed ended the solve
-    x = jax.tree.map(lambda leaf: (leaf * scale).astype(leaf.dtype), last.x)
-    x = cast_like(x, rhs)
-    representable = tree_is_finite(x)
-    info = CGInfo(
-        iterations=last.iteration,
-        residual_norm=jnp.sqrt(last.rr) * scale,
-        converged=last.converged & representable,
-        breakdown=last.breakdown | ~representable,
-        model_value=last.phi * scale * scale,
-        curvature=(-2 * (last.phi + yr) - damping_term) * scale * scale,
-        damping_term=damping_term * scale * scale,
-    )
-    return tree_where(representable, x, tree_zeros_like(x)), info
-
-
-_solve_compiled = compiled_when_eager(solve_in_metric)
-
-
-def _roots(metric: Any) -> tuple[Callable[[Any], Any], Callable[[Any], Any]]:
-    """Multiplication by D^(1/2), from x to y, and by D^(-1/2), from y to x."""
-    if metric is None:
-        return lambda x: x, lambda y: y
-    root = jax.tree.map(jax.lax.rsqrt, metric)
-    over = lambda x, n: (x / n.astype(x.dtype)).astype(x.dtype)
-    times = lambda y, n: (y * n.astype(y.dtype)).astype(y.dtype)
-    return (lambda x: jax.tree.map(over, x, root)), (lambda y: jax.tree.map(times, y, root))
+    return (solve if opaque else solve_compiled)(system, rhs, x0)
 
 
 def iteration_limit(rhs: Any, maxiter: Any) -> tuple[Any, int]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from typing import Any
+from typing import Any, ClassVar
 
 import jax
 import jax.numpy as jnp
@@ -12,22 +12,16 @@ from jax.typing import ArrayLike
 
 from fvp.checks import check_like, check_nonnegative
 from fvp.compilation import compiled_when_eager
-from fvp.curvature.operator import CurvatureOperator
-from fvp.curvature.pieces import GaussNewtonPiece, apply_weights
+from fvp.curvature import CurvatureOperator
 from fvp.factorization import SemidefiniteFactor
-from fvp.heads import Gaussian, Head, Sigmoid, Softmax
-from fvp.layers.capture import capture
-from fvp.layers.columns import (
-    check_not_negative,
-    exact_root_coefficients,
-    has_root,
-    metric_columns,
-    multiple_of_fisher,
-)
-from fvp.layers.gram import gram_matrix
-from fvp.layers.rows import CHUNK, LayerRows, rows_of_capture
+from fvp.layers.columns import check_not_negative
 from fvp.mesh import row_axes
-from fvp.numerics import cast_like, tree_axpy, tree_vdot, tree_where, widen, widen_tree
+from fvp.numerics import cast_like, tree_axpy, tree_vdot, tree_where, widen_tree
+from fvp.solvers.cg_iteration import CGInfo
+from fvp.solvers.damped import DampedCurvature, DampedSolver, DampedSystem, Moment
+from fvp.solvers.dense import above_rounding
+from fvp.solvers.whitened_jacobian import WhitenedJacobian
+from fvp.typing import Params, PyTree
 
 
 def solve_dual(
@@ -77,201 +71,132 @@ def solve_dual(
     """
     if not isinstance(operator, CurvatureOperator):
         raise TypeError(f"operator: expected one such as fvp.fisher(...), got {operator!r}.")
-    if not isinstance(operator.piece, GaussNewtonPiece):
-        kind = type(operator.piece).__name__
-        if kind == "ChunkedPiece":
-            raise ValueError("operator: solve_dual expects one built without chunk_size.")
-        raise TypeError(f"operator: solve_dual expects a Fisher or GGN, got one of a {kind}.")
-    if not has_root(operator.piece.metric):
-        raise TypeError(_no_root(operator.piece.metric))
-    if operator.axis_name is not None:
-        raise ValueError("operator: solve_dual expects one built without axis_name.")
-    if row_axes(operator.piece.output) is not None:
-        raise ValueError(
-            "operator: its examples are sharded over Explicit mesh axes, which solve_dual regroups;"
-            " build and solve inside jax.sharding.auto_axes."
-        )
+    if (reason := no_dual(operator)) is not None:
+        raise reason
     check_nonnegative(damping, "damping")
     if isinstance(damping, (int, float)) and damping == 0:
         raise ValueError("damping: solve_dual expects a positive number, got 0.")
-    check_not_negative(operator.piece.weights)
-    rhs = check_like(rhs, operator._like(), "rhs", "params", cast=False)
+    check_not_negative(operator.problem.weights)
+    rhs = check_like(rhs, operator.like, "rhs", "params", cast=False)
     return _solve(operator, rhs, jnp.asarray(damping), targets)
 
 
+def no_dual(operator: CurvatureOperator) -> Exception | None:
+    """Why the dual solve does not take ``operator``; None where it does."""
+    if operator.axis_name is not None:
+        return ValueError("operator: solve_dual expects one built without axis_name.")
+    if operator.problem is None:
+        return ValueError("operator: solve_dual expects one built without chunk_size.")
+    if operator.linearized.root() is None:
+        return TypeError(
+            "operator: solve_dual needs the square root of the curvature in z, and none is known"
+            f" for {operator.linearized}. Take fvp.fisher(...), or fvp.cg."
+        )
+    if row_axes(operator.output) is not None:
+        return ValueError(
+            "operator: its examples are sharded over Explicit mesh axes, which solve_dual regroups;"
+            " build and solve inside jax.sharding.auto_axes."
+        )
+    return None
+
+
 @compiled_when_eager
-def _solve(operator: CurvatureOperator, rhs: Any, damping: Array, targets: Any) -> Any:
-    rows = ExampleRows.of(operator)
-    gram = rows.gram()
-    at = lambda damping: DualSystem.of(rows, gram, damping).solve(rhs, targets)
+def _solve(operator: CurvatureOperator, rhs: Params, damping: Array, targets: Any) -> Params:
+    jacobian = WhitenedJacobian.of(operator)
+    gram = jacobian.gram()
+    at = lambda damping: DualFactor.of(jacobian, gram, damping).solve(rhs, targets)
     return jax.lax.map(at, damping) if damping.ndim else at(damping)
 
 
 @dataclasses.dataclass(frozen=True)
-class DualSystem:
+class DualFactor:
     """F + damping I, factorised in the space of examples x outputs; lives inside one trace."""
 
-    rows: ExampleRows
+    jacobian: WhitenedJacobian
     factor: SemidefiniteFactor
     damping: Array
 
     @classmethod
-    def of(cls, rows: ExampleRows, gram: Array, damping: Array) -> DualSystem:
+    def of(cls, jacobian: WhitenedJacobian, gram: Array, damping: Array) -> DualFactor:
         """From A and A A^T."""
         damping = damping.astype(gram.dtype)
-        return cls(rows, SemidefiniteFactor.of(gram, damping), damping)
+        return cls(jacobian, SemidefiniteFactor.of(gram, damping), damping)
 
-    def solve(self, rhs: Any, targets: Any = None) -> Any:
+    def solve(self, rhs: Params, targets: Any = None) -> Params:
         """The x for ``rhs``, the gradient at ``targets`` and maybe more; see :func:`solve_dual`."""
         wide = widen_tree(rhs)
-        w = None if targets is None else self.rows.whitened(targets)
+        w = self.jacobian.coefficients(targets)
         if w is None:
             x = self._solve_rest(wide)
             # One step of refinement takes back what cancels in the difference.
-            operator = self.rows.operator
-            product = widen_tree(operator.mv(cast_like(x, operator._like())))
+            operator = self.jacobian.operator
+            product = widen_tree(operator.mv(cast_like(x, operator.like)))
             residual = tree_axpy(-1, product, tree_axpy(-self.damping, x, wide))
             return cast_like(tree_axpy(1, self._solve_rest(residual), x), rhs)
-        rest = tree_axpy(-1, self.rows.transposed(w), wide)
+        rest = tree_axpy(-1, self.jacobian.transposed(w), wide)
         # What is left by rounding is not divided by the damping.
         level = 64 * jnp.finfo(self.damping.dtype).eps
         noise = tree_vdot(rest, rest) <= level**2 * tree_vdot(wide, wide)
         rest = tree_where(noise, jax.tree.map(jnp.zeros_like, rest), rest)
         return cast_like(tree_axpy(1, self._solve_rows(w), self._solve_rest(rest)), rhs)
 
-    def solve_outputs(self, u: Array) -> Any:
+    def solve_outputs(self, u: Array) -> Params:
         """(F + damping I)^-1 J^T H_L u for a change ``u`` of the outputs, without cancellation."""
-        return self._solve_rows(self.rows.images(u))
+        return self._solve_rows(self.jacobian.images(u))
 
-    def _solve_rows(self, w: Array) -> Any:
+    def _solve_rows(self, w: Array) -> Params:
         """A^T (A A^T + damping I)^-1 w."""
         inner = self.factor.solve(w.reshape(-1, 1)).reshape(w.shape)
-        return self.rows.transposed(inner)
+        return self.jacobian.transposed(inner)
 
-    def _solve_rest(self, b: Any) -> Any:
-        correction = self._solve_rows(self.rows.times(b))
+    def _solve_rest(self, b: Any) -> Params:
+        correction = self._solve_rows(self.jacobian.times(b))
         difference = tree_axpy(-1, correction, b)
         return jax.tree.map(lambda x: x / self.damping.astype(x.dtype), difference)
 
 
 @dataclasses.dataclass(frozen=True)
-class ExampleRows:
-    """A, F = A^T A: a row for each column of the metric and example; lives inside one trace."""
+class Dual(DampedSolver):
+    """F + damping I through the matrix of examples x outputs: exact, see :func:`fvp.solve_dual`.
 
-    operator: CurvatureOperator
-    captured: LayerRows
-    columns: Array  # (K, like z)
+    Damping and l2 are at least sqrt(eps) trace(F), as in :class:`fvp.Dense`; with targets, whose
+    gradient needs no difference, only the bound of a numerical rank, eps n trace(F) for n rows.
+    """
 
-    @classmethod
-    def of(cls, operator: CurvatureOperator) -> ExampleRows:
-        """The rows of ``operator``."""
-        piece, source = operator.piece, operator.source
-        if not has_root(piece.metric):
-            raise TypeError(_no_root(piece.metric))
-        batch_axes: Any = 0
-        if source.batch_axes is not None:
-            batch_axes = jax.tree.unflatten(jax.tree.structure(source.batch), source.batch_axes)
-        layers = capture(source.model_fn, piece.head, source.params, source.batch, batch_axes)
-        make = lambda separate: metric_columns(piece, operator.total, separate)
-        captured = rows_of_capture(layers, make)
-        return cls(operator, captured, captured.columns.all())
+    direct: ClassVar[bool] = True
 
-    def times(self, v: Any) -> Array:
-        """A v, of shape (K, E)."""
-        v = cast_like(v, self.operator._like())
-        return self.images(self.operator.piece.linearization.jvp(v))
-
-    def images(self, u: Array) -> Array:
-        """A v where J v = ``u``, of shape (K, E)."""
-        u = widen(u)
-        _, others = self._axes()
-        dots = jnp.sum(self.columns * u, axis=tuple(1 + d for d in others))
-        return dots.reshape(self.columns.shape[0], -1)
-
-    def transposed(self, w: Array) -> Any:
-        """A^T w, in float32 or wider."""
-        output = self.operator.piece.output
-        u = jnp.sum(self.columns * self._spread(w), axis=0).astype(output.dtype)
-        return widen_tree(self.operator.piece.linearization.vjp(u))
-
-    def gram(self) -> Array:
-        """A A^T, (K E, K E)."""
-        lost = self.captured.lost
-        return gram_matrix(self.captured, self._plain_rows if lost else None)
-
-    def whitened(self, targets: Any) -> Array | None:
-        """The w with A^T w = the gradient of the loss at ``targets``, up to entries left at zero.
-
-        None where the columns are not those of S, or the head's S has no known inverse.
-        """
-        piece = self.operator.piece
-        if hasattr(piece.metric, "scores"):
-            return None
-        w = whitened_score(piece.head, piece.metric.z, targets)
-        if w is None:
-            return None
-        w = exact_root_coefficients(piece.head, piece.metric.z, w)
-        if (factor := multiple_of_fisher(piece.metric)) is not None:
-            factor = factor.reshape(*factor.shape, *(1,) * piece.head.event_ndim)
-            w = jnp.where(factor > 0, w / jnp.where(factor > 0, factor, 1), 0)
-        shares = self.captured.columns.shares
-        w = apply_weights(jnp.sqrt(shares), piece.head.event_ndim, w)
-        # The coefficient of a column is the entry of w where the unit vector behind it was one.
-        event = w.reshape(*shares.shape, -1)
-        separate, size = self.captured.separate, event.shape[-1]
-        order = [*separate, len(shares.shape), *self.captured.layers.examples]
-        rest = [axis for axis in range(event.ndim) if axis not in order]  # of length one
-        return event.transpose(*order, *rest).reshape(-1 if separate else size, self._examples())
-
-    def _examples(self) -> int:
-        return self.captured.shares.size
-
-    def _axes(self) -> tuple[list[int], list[int]]:
-        examples = list(self.captured.layers.examples)
-        others = [d for d in range(self.operator.piece.output.ndim) if d not in examples]
-        return examples, others
-
-    def _spread(self, w: Array) -> Array:
-        examples, _ = self._axes()
-        shape = [size if d in examples else 1 for d, size in enumerate(self.columns.shape[1:])]
-        return w.reshape(-1, *shape)
-
-    def _plain_rows(self, columns: Array) -> Array:
-        """(K, E, entries of the lost leaves), by one backward pass for each row."""
-        piece, examples = self.operator.piece, self._examples()
-
-        def row(index: Array) -> Array:
-            unit = (jnp.arange(columns.shape[0] * examples) == index).astype(columns.dtype)
-            w = unit.reshape(columns.shape[0], examples)
-            u = jnp.sum(columns * self._spread(w), axis=0).astype(piece.output.dtype)
-            leaves = jax.tree.leaves(piece.linearization.vjp(u))
-            return jnp.concatenate([widen(leaves[i]).ravel() for i in self.captured.lost])
-
-        count = columns.shape[0] * examples
-        size = max(1, CHUNK // sum(s.size for s in jax.tree.leaves(self.operator._like())))
-        rows = jax.lax.map(row, jnp.arange(count), batch_size=min(size, count))
-        return rows.reshape(columns.shape[0], examples, -1)
+    def prepare(
+        self, damped: DampedCurvature, moment: Moment, state: PyTree
+    ) -> tuple[DampedSystem, PyTree]:
+        """Makes and factorises the matrix."""
+        if (reason := no_dual(damped.operator)) is not None:
+            raise reason
+        jacobian = WhitenedJacobian.of(damped.operator)
+        gram = jacobian.gram()
+        eps = float(jnp.finfo(gram.dtype).eps)
+        known = jacobian.coefficients(moment.targets) is not None
+        level = eps * len(gram) if known else eps**0.5
+        damped, total = above_rounding(damped, gram, level, moment.norm)
+        factor = DualFactor.of(jacobian, gram, total)
+        return DualSystem(damped, factor, moment.targets), state
 
 
-def _no_root(metric: Any) -> str:
-    head = getattr(metric, "head", None)
-    kind = type(metric if head is None else head).__name__
-    return (
-        f"operator: the dual solve needs the square root of the curvature in z, which is not known"
-        f" for the Hessian of {kind}: it is not its Fisher. Take fvp.fisher(...), or fvp.cg."
-    )
+@dataclasses.dataclass(frozen=True)
+class DualSystem(DampedSystem):
+    """The factorised matrix of examples x outputs."""
 
+    direct: ClassVar[bool] = True
 
-def whitened_score(head: Head, z: Array, targets: Any) -> Array | None:
-    """The w with S w = -score(z, targets), of the shape of z; zero where S has no digits left."""
-    if isinstance(head, Gaussian):
-        return head.sqrt_fisher_transpose(z, z - jnp.asarray(targets).astype(z.dtype))
-    if isinstance(head, Softmax):
-        variance = head.mean(z)
-    elif isinstance(head, Sigmoid):
-        variance = head.fisher(z, jnp.ones_like(z))
-    else:
-        return None
-    usable = variance > jnp.finfo(z.dtype).eps  # below, w is so large that sums of it lose the rest
-    root = jnp.sqrt(jnp.where(usable, variance, 1))
-    return jnp.where(usable, -head.score(z, targets) / root, 0)
+    damped: DampedCurvature
+    factor: DualFactor
+    targets: Any
+
+    def solve(self, rhs: Params, start: Params | None) -> tuple[Params, CGInfo]:
+        """By the factor; ``start`` is not needed."""
+        del start
+        x = self.factor.solve(rhs, self.targets)
+        return x, self.damped.record(x, rhs)
+
+    def solve_outputs(self, u: Array) -> Params:
+        """Without cancellation."""
+        return self.factor.solve_outputs(u)

@@ -2,26 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import Any
-
 import jax
 import jax.numpy as jnp
-from jax import Array
 
-from fvp.curvature import CurvatureOperator
 from fvp.numerics import cast_like, tree_is_finite, tree_norm
+from fvp.solvers import DampedSystem
+from fvp.typing import Params
 
 _LONGEST = 0.75  # of the correction against the direction; beyond it the expansion says nothing
 
 
-def geodesic_correction(
-    operator: CurvatureOperator,
-    solve_outputs: Callable[[Array], Any],
-    direction: Any,
-    *,
-    searched: bool,
-) -> Any:
+def geodesic_correction(system: DampedSystem, direction: Params, *, searched: bool) -> Params:
     """The c of the path params - (s d + s^2/2 c), along which J c takes back the bend of z.
 
     c = (F + Lambda)^-1 J^T H_L z'' with z'' the second derivative of the outputs along d, from one
@@ -32,16 +23,13 @@ def geodesic_correction(
       M. Transtrum, J. Sethna, Improvements to the Levenberg-Marquardt algorithm for nonlinear
       least-squares minimization, 2012.
     """
-    source = operator.source
-    if source is None or not hasattr(operator.piece, "pull"):
-        raise ValueError(
-            'geodesic: expected curvature="fisher", "ggn" or "empirical" without chunk_size.'
-        )
-    model = lambda params: source.model_fn(params, source.batch)
-    tangent = cast_like(direction, source.params)
-    slope = lambda params: jax.jvp(model, (params,), (tangent,))[1]
-    _, bend = jax.jvp(slope, (source.params,), (tangent,))
-    correction = solve_outputs(bend)
+    problem = system.damped.operator.problem
+    if problem is None:
+        raise ValueError("geodesic: expected a curvature of the form J^T H J without chunk_size.")
+    tangent = cast_like(direction, problem.params)
+    slope = lambda params: jax.jvp(problem.outputs, (params,), (tangent,))[1]
+    _, bend = jax.jvp(slope, (problem.params,), (tangent,))
+    correction = system.solve_outputs(bend)
     usable = tree_is_finite(correction)
     if not searched:
         usable &= tree_norm(correction) <= _LONGEST * tree_norm(direction)

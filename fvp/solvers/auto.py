@@ -1,0 +1,80 @@
+"""The choice among solvers that shapes alone can make."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from typing import ClassVar
+
+import jax
+
+from fvp.curvature import CurvatureOperator
+from fvp.mesh import row_axes
+from fvp.solvers.damped import (
+    DampedCurvature,
+    DampedSolver,
+    DampedSystem,
+    Moment,
+    Setting,
+    Verdict,
+)
+from fvp.solvers.dense import Dense
+from fvp.solvers.dual import Dual, no_dual
+from fvp.solvers.iterative import CG, CGState
+from fvp.typing import PyTree
+
+_MOST_ROWS = 4096  # a matrix of that size factorises in about the time of a hundred products
+_MOST_PARAMETERS = 1024
+
+
+@dataclasses.dataclass(frozen=True)
+class Auto(DampedSolver):
+    """:class:`fvp.Dual`, :class:`fvp.Dense` or conjugate gradients, by shapes.
+
+    "dual" where examples x outputs are at most 4096 and fewer than the parameters; "dense" where
+    the parameters are at most 1024; else ``cg``, which operators that "dual" does not take and
+    examples sharded over Explicit mesh axes get as well.
+
+    Args:
+      cg: the solver where neither matrix is small.
+    """
+
+    direct: ClassVar[bool] = True
+    takes_diagonal: ClassVar[bool] = True
+
+    cg: CG = dataclasses.field(default_factory=CG)
+
+    @property
+    def warm_start(self) -> bool:  # pyright: ignore[reportIncompatibleVariableOverride]
+        """That of conjugate gradients."""
+        return self.cg.warm_start
+
+    def init(self, setting: Setting) -> CGState:
+        """The state of conjugate gradients: which solver it is depends on the batch."""
+        return self.cg.init(setting)
+
+    def prepare(
+        self, damped: DampedCurvature, moment: Moment, state: CGState
+    ) -> tuple[DampedSystem, CGState]:
+        """The system of the solver chosen."""
+        solver = self.chosen(damped.operator)
+        if not solver.takes_diagonal:
+            damped = dataclasses.replace(damped, diagonal=None)
+        return solver.prepare(damped, moment, state)
+
+    def correct(self, before: CGState, prepared: CGState, verdict: Verdict) -> PyTree:
+        """As conjugate gradients do."""
+        return self.cg.correct(before, prepared, verdict)
+
+    def chosen(self, operator: CurvatureOperator) -> DampedSolver:
+        """The solver for these shapes."""
+        if operator.axis_name is not None:
+            return self.cg
+        parameters = sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(operator.like))
+        if operator.problem is not None:
+            if row_axes(operator.output) is not None:
+                return self.cg
+            rows = operator.output.size
+            if rows <= _MOST_ROWS and rows < parameters and no_dual(operator) is None:
+                return Dual()
+        return Dense() if parameters <= _MOST_PARAMETERS else self.cg

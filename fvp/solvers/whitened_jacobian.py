@@ -1,0 +1,110 @@
+"""The Jacobian of all examples in the metric of the outputs: F = A^T A, and A A^T layer by layer."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any, Self
+
+import jax
+import jax.numpy as jnp
+from jax import Array
+
+from fvp.curvature import CurvatureOperator
+from fvp.curvature.linearization import Linearization
+from fvp.curvature.problem import apply_weights
+from fvp.layers.columns import separated, shares_of
+from fvp.layers.gram import gram_matrix
+from fvp.layers.rows import CHUNK, LayerRows, capture_of, rows_of_capture
+from fvp.numerics import cast_like, widen, widen_tree
+
+
+@dataclasses.dataclass(frozen=True)
+class WhitenedJacobian:
+    """A with F = A^T A, a row for each column of the root of H and example; inside one trace."""
+
+    operator: CurvatureOperator
+    captured: LayerRows
+    columns: Array  # (K, like z), weighted
+
+    @classmethod
+    def of(cls, operator: CurvatureOperator) -> Self:
+        """That of an ``operator`` whose output curvature has a root."""
+        problem, root = operator.problem, operator.linearized.root()
+        assert problem is not None
+        assert root is not None
+        shares = shares_of(problem, operator.output)
+        make = lambda separate: separated(root, shares, separate, problem.head.event_ndim)
+        captured = rows_of_capture(capture_of(problem), make)
+        return cls(operator, captured, captured.columns.all())
+
+    def times(self, v: Any) -> Array:
+        """A v, of shape (K, E)."""
+        v = cast_like(v, self.operator.like)
+        return self.images(self._model.jvp(v))
+
+    def images(self, u: Array) -> Array:
+        """A v where J v = ``u``, of shape (K, E)."""
+        u = widen(u)
+        _, others = self._axes()
+        dots = jnp.sum(self.columns * u, axis=tuple(1 + d for d in others))
+        return dots.reshape(self.columns.shape[0], -1)
+
+    def transposed(self, w: Array) -> Any:
+        """A^T w, in float32 or wider."""
+        output = self.operator.output
+        u = jnp.sum(self.columns * self._spread(w), axis=0).astype(output.dtype)
+        return widen_tree(self._model.vjp(u))
+
+    def gram(self) -> Array:
+        """A A^T, (K E, K E)."""
+        lost = self.captured.lost
+        return gram_matrix(self.captured, self._plain_rows if lost else None)
+
+    def coefficients(self, targets: Any) -> Array | None:
+        """The w with A^T w = the gradient of the loss at ``targets``; None where it is not known.
+
+        Up to entries where the root has no digits left, which are zero.
+        """
+        root = self.operator.linearized.root()
+        if targets is None or root is None or root.score is None:
+            return None
+        # The coefficient of a column is the entry of w where the unit vector behind it was one.
+        shares = self.captured.columns.shares
+        event = apply_weights(jnp.sqrt(shares), 1, root.score(targets))
+        separate, size = self.captured.separate, event.shape[-1]
+        order = [*separate, shares.ndim, *self.captured.layers.examples]
+        rest = [axis for axis in range(event.ndim) if axis not in order]  # of length one
+        return event.transpose(*order, *rest).reshape(-1 if separate else size, self._examples())
+
+    @property
+    def _model(self) -> Linearization:
+        return self.operator.linearized.model  # pyright: ignore[reportAttributeAccessIssue]
+
+    def _examples(self) -> int:
+        return self.captured.shares.size
+
+    def _axes(self) -> tuple[list[int], list[int]]:
+        examples = list(self.captured.layers.examples)
+        others = [d for d in range(self.operator.output.ndim) if d not in examples]
+        return examples, others
+
+    def _spread(self, w: Array) -> Array:
+        examples, _ = self._axes()
+        shape = [size if d in examples else 1 for d, size in enumerate(self.columns.shape[1:])]
+        return w.reshape(-1, *shape)
+
+    def _plain_rows(self, columns: Array) -> Array:
+        """(K, E, entries of the lost leaves), by one backward pass for each row."""
+        examples = self._examples()
+
+        def row(index: Array) -> Array:
+            unit = (jnp.arange(columns.shape[0] * examples) == index).astype(columns.dtype)
+            w = unit.reshape(columns.shape[0], examples)
+            u = jnp.sum(columns * self._spread(w), axis=0).astype(self.operator.output.dtype)
+            leaves = jax.tree.leaves(self._model.vjp(u))
+            return jnp.concatenate([widen(leaves[i]).ravel() for i in self.captured.lost])
+
+        count = columns.shape[0] * examples
+        size = max(1, CHUNK // sum(s.size for s in jax.tree.leaves(self.operator.like)))
+        rows = jax.lax.map(row, jnp.arange(count), batch_size=min(size, count))
+        return rows.reshape(columns.shape[0], examples, -1)

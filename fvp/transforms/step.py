@@ -1,0 +1,286 @@
+"""One step: direction, length, trial, verdict; and what is kept of it."""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+from jax import Array
+
+from fvp.checks import check_like
+from fvp.compilation import compiled_when_eager
+from fvp.control import Observation, Outcome, Step
+from fvp.control.record import unknown_outcome
+from fvp.control.trial import divergence_outcome, loss_outcome
+from fvp.curvature import CurvatureOperator, Problem
+from fvp.curvature.gauss_newton import gauss_newton_of
+from fvp.curvature.operator import build_operator
+from fvp.numerics import (
+    as_finite,
+    cast_like,
+    tree_axpy,
+    tree_norm,
+    tree_vdot,
+    tree_where,
+    tree_zeros_like,
+    unit,
+)
+from fvp.solvers import DampedCurvature, Moment, Setting, Verdict
+from fvp.transforms.direction import Direction, find_direction
+from fvp.transforms.length import Length, Moves, choose_length
+from fvp.transforms.objective import Data, Objective
+from fvp.transforms.options import Options, check_data
+from fvp.transforms.serialization import register_with_flax
+from fvp.transforms.subset import has_masked_nodes
+from fvp.typing import Params, PyTree
+
+# Where nothing can try an adaptive step, for want of a batch; docs/decisions/steps.md
+UNTRIED_DAMPING = 4.0
+
+
+class NaturalGradientState(NamedTuple):
+    """State of the transformations: of one for all of them."""
+
+    count: Any  # int32 scalar, updates done
+    direction: Any  # like the parameters, the last solution: warm start and momentum; or None
+    control: Any  # state of the damping rule
+    solver: Any  # state of the solver
+    damping: Array  # float32 scalar, of the last step
+    iterations: Array  # int32 scalar, CG iterations of the last step
+    residual_norm: Array  # float32 scalar, of the last solve
+    predicted_kl: Array  # float32 scalar, 1/2 s^T (curvature) s for the step s; 0 if rejected
+    accepted: Array  # bool scalar; a step that was not is zeros
+    gradient_mismatch: Array  # bool scalar, what the last rejected step found, see scale_by_fisher
+
+
+def build_transform(options: Options) -> optax.GradientTransformationExtraArgs:
+    """``init`` and ``update``; compiled when called eagerly."""
+
+    def init(params: Params) -> NaturalGradientState:
+        register_with_flax()
+        problem = lambda params, batch: problem_at(options, params, Data(batch))
+        setting = Setting(params, options.rule.adapts, problem)
+        # One array for each field: a buffer that stands in two places cannot be donated.
+        return NaturalGradientState(
+            count=jnp.zeros((), jnp.int32),
+            direction=optax.tree.zeros_like(params) if options.keeps_direction else None,
+            control=options.rule.init(params),
+            solver=options.solver.init(setting),
+            damping=jnp.zeros((), jnp.float32),
+            iterations=jnp.zeros((), jnp.int32),
+            residual_norm=jnp.zeros((), jnp.float32),
+            predicted_kl=jnp.zeros((), jnp.float32),
+            accepted=jnp.zeros((), jnp.bool_),
+            gradient_mismatch=jnp.zeros((), jnp.bool_),
+        )
+
+    @compiled_when_eager
+    def step(
+        gradient: Params, state: NaturalGradientState, params: Params, operator: Any, data: Data
+    ) -> tuple[Params, NaturalGradientState]:
+        return take_step(options, gradient, state, objective_at(options, params, operator, data))
+
+    def update(
+        updates: Params,
+        state: NaturalGradientState,
+        params: Params | None = None,
+        *,
+        operator: CurvatureOperator | None = None,
+        **keywords: Any,
+    ) -> tuple[Params, NaturalGradientState]:
+        if params is None:
+            raise ValueError("params: expected the parameters, got None; tx.update(g, s, params).")
+        data = Data(**{name: keywords.get(name) for name in Data._fields})
+        if operator is None:
+            check_data(params, data, options.curvature)
+        gradient = check_like(updates, params, "updates", "params", cast=False)
+        if not options.tries or data.value_fn is None:
+            data = data._replace(value=None, value_fn=None)
+        return step(gradient, state, params, operator, data)
+
+    return optax.GradientTransformationExtraArgs(init, update)  # pyright: ignore[reportArgumentType]
+
+
+def problem_at(options: Options, params: Params, data: Data) -> Problem:
+    """The loss at a batch, of all parameters or of those that are not masked."""
+    model, axes, batch = options.model_fn, options.batch_axes, data.batch
+    if has_masked_nodes(params):
+        model, axes, batch = options.on_subset, (axes, None), (batch, data.all_params)
+    return Problem.of(
+        model,
+        options.head,
+        params,
+        batch,
+        targets=data.targets,
+        weights=data.weights,
+        batch_axes=axes,
+        axis_name=options.axis_name,
+    )
+
+
+def objective_at(options: Options, params: Params, operator: Any, data: Data) -> Objective:
+    """What steps are tried on; builds the ``operator`` where the caller has not."""
+    problem = None if data.batch is None else problem_at(options, params, data)
+    if operator is None:
+        assert problem is not None
+        linearize = gauss_newton_of(options.curvature)
+        operator = build_operator(linearize, problem, options.chunk_size)
+    return Objective(operator, params, problem, data, options.l2)
+
+
+def take_step(
+    options: Options, gradient: Params, state: NaturalGradientState, objective: Objective
+) -> tuple[Params, NaturalGradientState]:
+    """Direction, length, trial, verdict; and the next state."""
+    slope_of = gradient  # of the loss with its l2 term
+    if options.l2 is not None:
+        slope_of = tree_axpy(options.l2, cast_like(objective.params, gradient), gradient)
+    norm = tree_norm(slope_of)
+    control, damped = _damped(options, objective, slope_of, norm, state)
+    moment = Moment(state.count, norm, objective.data.targets, ~state.accepted)
+    system, solver = options.solver.prepare(damped, moment, state.solver)
+    if options.rule.needs_direct and not system.direct:
+        raise ValueError(
+            'damping: line_search="loss" goes without, which only an exact solver can, but'
+            ' solver="auto" takes "cg" for these shapes; pass damping=, or solver="dual".'
+        )
+    momentum = _momentum(options, control, state.count)
+    direction = find_direction(options, system, slope_of, state.direction, momentum)
+    moves = Moves(objective.params, direction.path, gradient)
+    rate, sign = _learning_rate(options, state.count)
+    chosen = choose_length(options, objective, direction, moves, rate)
+    record = _record(options, direction, chosen, system.damped.damping)
+    outcome = _try(options, objective, record, chosen, moves)
+
+    # The verdict. Where no length is short enough, or the solve broke down before it descended, on
+    # a gradient that is sound, the step failed like any other: damping has to grow, or nothing ever
+    # changes.
+    info, descent = direction.info, direction.descent
+    lost = options.rule.adapts & ~descent & jnp.isfinite(info.residual_norm + norm) & (norm > 0)
+    failed = chosen.stuck | lost
+    outcome = outcome._replace(
+        error=jnp.where(failed, jnp.inf, outcome.error), worse=outcome.worse | failed
+    )
+    accepted = descent & ~outcome.worse & (record.length != 0)
+    corrected = options.rule.correct(control, record, outcome, accepted)
+    verdict = Verdict(
+        sound=descent | lost,
+        # A gradient that is zero or not finite, or a loss that was not finite before the step, says
+        # nothing about damping.
+        informative=(descent & ((record.scale > 0) | chosen.stuck)) | lost,
+        good=accepted & ~info.converged & options.rule.agrees(corrected),
+        noisy=options.rule.noisy(corrected),
+    )
+    seen = tree_where(verdict.sound, control, state.control)
+    step = direction.path.step(record.length)
+    update = jax.tree.map(lambda x: jnp.where(accepted, sign * x, 0).astype(x.dtype), step)
+    damping, predicted_kl = system.damped.damping, jnp.where(accepted, chosen.predicted_kl, 0)
+    return update, NaturalGradientState(
+        count=optax.safe_increment(state.count),
+        direction=_kept_direction(state.direction, direction, accepted, lost, norm),
+        control=tree_where(verdict.informative, corrected, seen),
+        solver=options.solver.correct(state.solver, solver, verdict),
+        damping=jnp.where(jnp.isfinite(damping), damping, state.damping).astype(jnp.float32),
+        iterations=info.iterations,
+        residual_norm=as_finite(info.residual_norm.astype(jnp.float32)),
+        predicted_kl=as_finite(predicted_kl.astype(jnp.float32)),
+        accepted=accepted,
+        gradient_mismatch=_mismatch(
+            options, objective, gradient, direction, record, outcome, state
+        ),
+    )
+
+
+def _damped(
+    options: Options,
+    objective: Objective,
+    slope_of: Params,
+    norm: Array,
+    state: NaturalGradientState,
+) -> tuple[PyTree, DampedCurvature]:
+    """The state of the rule that has seen the gradient, and the system that it asks for."""
+    shift = 0.0 if options.l2 is None else options.l2
+    rayleigh = lambda: objective.operator.quadratic_form(unit(slope_of)) + shift
+    observation = Observation(state.count, slope_of, norm, state.direction, rayleigh)
+    control, damping = options.rule.propose(state.control, observation)
+    if options.rule.adapts and objective.data.batch is None:
+        damping = UNTRIED_DAMPING * damping
+    diagonal = options.rule.diagonal(control) if options.solver.takes_diagonal else None
+    return control, DampedCurvature(objective.operator, damping, diagonal, options.l2)
+
+
+def _momentum(options: Options, control: PyTree, count: Array) -> Any:
+    """How much of the last direction enters the right-hand side; None for nothing."""
+    momentum = options.momentum
+    if isinstance(momentum, str):
+        return None if options.plane else options.rule.momentum(control, count)
+    return momentum(count) if callable(momentum) else momentum
+
+
+def _learning_rate(options: Options, count: Array) -> tuple[Any, float]:
+    """How far along the direction, and the sign of the update that is returned."""
+    rate = options.learning_rate
+    if rate is None:
+        return 1.0, 1.0
+    return jnp.asarray(rate(count) if callable(rate) else rate), -1.0
+
+
+def _record(options: Options, direction: Direction, chosen: Length, damping: Any) -> Step:
+    """The quadratic model along the step, with the l2 term."""
+    curvature, solution = direction.curvature, direction.path.direction
+    if options.l2 is not None:
+        curvature = curvature + options.l2 * tree_vdot(solution, solution)
+    return Step(direction.slope, curvature, direction.damping_term, chosen.length, damping)
+
+
+def _try(
+    options: Options, objective: Objective, record: Step, chosen: Length, moves: Moves
+) -> Outcome:
+    """Tries the step on the loss where there is one, else on the divergence that it makes."""
+    if not options.tries or objective.problem is None:
+        return unknown_outcome(record)
+    if objective.data.has_loss:
+        after = lambda length: objective.loss(moves(length)) if chosen.loss is None else chosen.loss
+        return loss_outcome(record, objective.loss_before(), after)
+    divergence = objective.divergence(moves(record.length))
+    return divergence_outcome(record, chosen.predicted_kl, divergence)
+
+
+def _mismatch(
+    options: Options,
+    objective: Objective,
+    gradient: Params,
+    direction: Direction,
+    record: Step,
+    outcome: Outcome,
+    state: NaturalGradientState,
+) -> Array:
+    """Whether a rejected step's gradient was that of another loss; what was known otherwise."""
+    if not (options.tries and objective.data.tries_nll):
+        return state.gradient_mismatch
+    # The loss is rounded by that much along the step.
+    rounding = jnp.where(jnp.isfinite(outcome.rounding), outcome.rounding, 0)
+    least = rounding / jnp.abs(record.length)
+    solution = direction.path.direction
+    return jax.lax.cond(
+        direction.descent & outcome.worse,
+        lambda: objective.gradient_differs(gradient, solution, least),
+        lambda: state.gradient_mismatch,
+    )
+
+
+def _kept_direction(
+    previous: Params | None, direction: Direction, accepted: Array, lost: Array, norm: Array
+) -> Params | None:
+    """The direction that the next step reads.
+
+    A bad batch leaves momentum and warm start alone. A step that failed its trial ends them, and so
+    does a sound solve without descent: it started too far off, and always would.
+    """
+    if previous is None:
+        return None
+    ended = ~accepted & (direction.descent | ~direction.info.breakdown | lost) & (norm > 0)
+    kept = tree_where(ended, tree_zeros_like(previous), previous)
+    return tree_where(accepted, cast_like(direction.path.direction, previous), kept)
