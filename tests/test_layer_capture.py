@@ -12,7 +12,6 @@ from models import MODELS, affine, conv, layer, normal, weight
 
 import fvp
 from fvp.layers.capture import capture
-from fvp.layers.columns import exact_root, exact_root_coefficients
 from fvp.layers.groups import Rows
 from fvp.layers.report import coverage_of
 
@@ -353,13 +352,12 @@ def test_softmax_needs_a_column_less_than_it_has_classes(scale):
     z = scale * jax.random.normal(jax.random.key(0), (6, 5))
     z = z.at[0, -1].set(-jnp.inf).at[1, 2].set(-jnp.inf)
     head = fvp.Softmax()
-    number, column = exact_root(head, z)
-    columns = jax.vmap(column)(jnp.arange(number))
-    assert number == 4
+    root = head.fisher_root(z)
+    columns = jax.vmap(root.column)(jnp.arange(root.size))
+    assert root.size == 4
     u = jax.random.normal(jax.random.key(1), z.shape)
     product = jnp.einsum("kni,nk->ni", columns, jnp.einsum("kni,ni->nk", columns, u))
     assert relative_error(product, head.fisher(z, u)) < 1e-6
-    w = jax.random.normal(jax.random.key(2), z.shape)
-    coefficients = exact_root_coefficients(head, z, w)
-    rebuilt = jnp.einsum("kni,nk->ni", columns, coefficients)
-    assert relative_error(rebuilt, head.sqrt_fisher(z, w)) < 1e-6
+    labels = jax.random.categorical(jax.random.key(2), z)
+    rebuilt = jnp.einsum("kni,nk->ni", columns, root.score(labels))
+    assert relative_error(rebuilt, -head.score(z, labels)) < 1e-6

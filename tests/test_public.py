@@ -31,7 +31,37 @@ def step(tx):
     return tx.update(GRADIENT, tx.init(PARAMS), PARAMS, batch=X, targets=Y)[0]
 
 
+def solved_by(solver):
+    return step(fvp.scale_by_fisher(model, HEAD, damping=0.1, solver=solver))
+
+
+def damped_by(rule):
+    return step(fvp.scale_by_fisher(model, HEAD, damping=rule))
+
+
+def curved_by(kind):
+    return fvp.gauss_newton(kind, *PROBLEM, Y) @ PARAMS
+
+
 CALLS = {
+    "Auto": lambda: solved_by(fvp.Auto()),
+    "CG": lambda: solved_by(fvp.CG()),
+    "Dense": lambda: solved_by(fvp.Dense()),
+    "Dual": lambda: solved_by(fvp.Dual()),
+    "EmpiricalCurvature": lambda: curved_by(fvp.EmpiricalCurvature),
+    "FisherCurvature": lambda: curved_by(fvp.FisherCurvature),
+    "FixedDamping": lambda: damped_by(fvp.FixedDamping(0.1)),
+    "HessianCurvature": lambda: curved_by(fvp.HessianCurvature),
+    "Jacobi": lambda: solved_by(fvp.CG(preconditioner=fvp.Jacobi())),
+    "KFACSolver": lambda: solved_by(fvp.KFACSolver()),
+    "LearnedScaleGaussian": lambda: fvp.LearnedScaleGaussian().nll(jnp.zeros((3, 2)), jnp.ones(3)),
+    "LevenbergMarquardt": lambda: damped_by(fvp.LevenbergMarquardt()),
+    "ReductionRatio": lambda: damped_by(fvp.ReductionRatio()),
+    "SampledCurvature": lambda: fvp.mc_fisher(*PROBLEM, KEY).linearized.curvature.scores,
+    "gauss_newton": lambda: curved_by(fvp.FisherCurvature),
+    "gauss_newton_vector_product": lambda: fvp.gauss_newton_vector_product(
+        fvp.FisherCurvature, *PROBLEM, Y, PARAMS
+    ),
     "Gaussian": lambda: fvp.Gaussian().nll(jnp.zeros((2, 1)), jnp.ones((2, 1))),
     "Sigmoid": lambda: fvp.Sigmoid().nll(jnp.zeros((2, 1)), jnp.ones((2, 1))),
     "Softmax": lambda: HEAD.nll(model(PARAMS, X), Y),
@@ -59,18 +89,33 @@ CALLS = {
 }
 RECORDS = {
     "CGInfo",
+    "DampedCurvature",
+    "Observation",
+    "Problem",
+    "Root",
     "Coverage",
     "CurvatureOperator",
     "KFAC",
     "KFACInverse",
     "KFACState",
-    "LevenbergMarquardt",
     "NaturalGradientState",
 }
 
 
+# What a user derives from: tests/test_extending.py.
+BASES = {
+    "DampedSolver",
+    "DampedSystem",
+    "DampingRule",
+    "Head",
+    "NaturalHead",
+    "OutputCurvature",
+    "Preconditioner",
+}
+
+
 def test_every_name_is_here():
-    assert set(CALLS) | RECORDS == set(fvp.__all__)
+    assert set(CALLS) | RECORDS | BASES == set(fvp.__all__)
 
 
 @pytest.mark.parametrize("name", CALLS)

@@ -88,7 +88,7 @@ def test_averages_carry_their_weight():
     _, state = tx.update(gradient, state, params, batch=2 * x)
     once, twice = (fvp.kfac(tanh_mlp, HEAD, params, b) for b in (x, 2 * x))
     mean = jax.tree.map(lambda a, b: (0.95 * a + b) / 1.95, once, twice)
-    actual = jax.tree.map(lambda a: a / state.weight, state.factors)
+    actual = jax.tree.map(lambda a: a / state.solver.weight, state.solver.factors)
     assert relative_error(actual, mean) < 1e-6
 
 
@@ -102,7 +102,11 @@ def test_state_is_fixed_under_scan_and_inverses_wait_their_turn():
         gradient = jax.grad(loss)(params, x, y)
         updates, state = tx.update(gradient, state, params, batch=x, targets=y)
         params = jax.tree.map(jnp.subtract, params, updates)
-        return (params, state), (loss(params, x, y), state.weight, state.inverse.damping)
+        return (params, state), (
+            loss(params, x, y),
+            state.solver.weight,
+            state.solver.inverse.damping,
+        )
 
     _, (losses, weights, damping) = jax.jit(
         lambda: jax.lax.scan(step, (params, tx.init(params)), length=8)
@@ -188,9 +192,9 @@ def test_a_rejected_step_inverts_anew():
     uphill = jax.tree.map(jnp.negative, gradient)
     _, state = tx.update(gradient, tx.init(params), params, batch=x, targets=y)
     _, rejected = tx.update(uphill, state, params, batch=x, targets=y)
-    assert rejected.inverse.damping == state.inverse.damping
+    assert rejected.solver.inverse.damping == state.solver.inverse.damping
     _, again = tx.update(gradient, rejected, params, batch=x, targets=y)
-    assert again.inverse.damping == rejected.damping > state.inverse.damping
+    assert again.solver.inverse.damping == again.damping > state.solver.inverse.damping
 
 
 def test_the_predicted_divergence_is_bounded():

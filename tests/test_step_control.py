@@ -14,9 +14,8 @@ from sklearn.datasets import load_diabetes
 
 import fvp
 from fvp.control import Outcome, Step
-from fvp.control.budget import Budget
 from fvp.control.line_search import halving_search
-from fvp.control.reduction_ratio import adapted_damping
+from fvp.solvers.budget import Budget
 
 COMPILE_QUICKLY = True
 
@@ -407,7 +406,7 @@ def test_classical_rule_follows_the_ratio_of_reductions(error, rounding, accepte
     """The model says 1: its slope is 2, its curvature 2."""
     step = Step(*(jnp.asarray(value) for value in (2.0, 2.0, 0.3, 1.0)))
     outcome = Outcome(jnp.asarray(error), jnp.asarray(rounding), jnp.asarray(not accepted))
-    after = adapted_damping(jnp.asarray(0.2), step, outcome, jnp.asarray(accepted))
+    after = fvp.ReductionRatio().correct(jnp.asarray(0.2), step, outcome, jnp.asarray(accepted))
     np.testing.assert_allclose(after, change * 0.2, rtol=1e-12)
 
 

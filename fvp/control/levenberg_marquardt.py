@@ -115,11 +115,11 @@ class LevenbergMarquardt(DampingRule):
 
         The curvature along the gradient is asked for once, at the first step.
         """
-        _, gradient, norm, last, rayleigh = observation
-        root = jnp.sqrt(norm).astype(jnp.float32)
+        gradient, last = observation.gradient, observation.last
+        root = jnp.sqrt(observation.norm).astype(jnp.float32)
 
         def first() -> Array:
-            curvature = rayleigh().astype(jnp.float32)
+            curvature = observation.rayleigh().astype(jnp.float32)
             start = jnp.maximum(self.initial * curvature, _LEAST * root * root)
             start = jnp.where(curvature > 0, start, root * root) / root
             return jnp.where(jnp.isfinite(start), start, 0).astype(jnp.float32)

@@ -58,11 +58,11 @@ def best_of_plane(
     vectors = [unit(widen_tree(v)) for v in vectors]
     curvature = damped.operator.inner_products(*(cast_like(v, direction) for v in vectors))
     slopes = [tree_vdot(gradient, v) for v in vectors]
-    damped = curvature + pairwise(tree_vdot, vectors, [damped.damp_all(v) for v in vectors])
-    p = damped[0, 0]
+    matrix = curvature + pairwise(tree_vdot, vectors, [damped.damp_all(v) for v in vectors])
+    p = matrix[0, 0]
     lengths = [slopes[0] / jnp.where(p > 0, p, 1)]
     if previous is not None:
-        q, r = damped[0, 1], damped[1, 1]
+        q, r = matrix[0, 1], matrix[1, 1]
         determinant = p * r - q * q
         plane = determinant > 1e-4 * p * r  # below, rounding in float32 would choose the step
         safe = jnp.where(plane, determinant, 1)

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import abc
+import dataclasses
 from collections.abc import Callable
-from typing import Any, ClassVar, NamedTuple
+from typing import Any, ClassVar
 
 import jax.numpy as jnp
 from jax import Array
@@ -13,7 +14,8 @@ from fvp.control.record import Outcome, Step
 from fvp.typing import Params, PyTree
 
 
-class Observation(NamedTuple):
+@dataclasses.dataclass(frozen=True)
+class Observation:
     """What a rule sees before the solve.
 
     Attributes:

@@ -27,11 +27,11 @@ def without_absent(
 ) -> Batch:
     """``batch`` with the inputs of weight zero that are not finite replaced by those of an example.
 
-    ``outputs()`` is the shape of the model's. Only by ``weights``, and only in floating-point leaves whose example axis (``axes``; the first
-    where that is None) is as long as that of the model's output. A leaf that begins with all batch
-    axes of the output is read position by position, any other example by example. Finite inputs
-    stay as they are: a leaf may have that length by chance, and where examples meet in the model
-    (message passing, batch normalisation) theirs count.
+    Only by ``weights``, and only in floating-point leaves whose example axis (``axes``; the first
+    where that is None) is as long as that of the model's output, whose shape ``outputs()`` tells. A
+    leaf that begins with all batch axes of the output is read position by position, any other
+    example by example. Finite inputs stay as they are: a leaf may have that length by chance, and
+    where examples meet in the model (message passing, batch normalisation) theirs count.
     """
     leaves, structure = jax.tree.flatten(batch)
     axes = [0] * len(leaves) if axes is None else axes

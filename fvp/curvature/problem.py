@@ -1,4 +1,4 @@
-"""What a curvature and a loss are of: a model, its parameters, a batch and a head, in one record."""
+"""What a curvature and a loss are of, in one record: model, parameters, batch and head."""
 
 from __future__ import annotations
 

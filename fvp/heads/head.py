@@ -214,6 +214,14 @@ class NaturalHead(Head):
     more or less than once overrides ``_target_count``.
     """
 
+    def __init_subclass__(cls, **options: Any) -> None:
+        super().__init_subclass__(**options)
+        if "_hessian" in vars(cls) and "_hessian_root" not in vars(cls):
+            raise TypeError(
+                f"{cls.__name__}: a NaturalHead states that its Hessian is the Fisher, but"
+                " _hessian is defined; derive from fvp.Head, or define _hessian_root as well."
+            )
+
     def _target_count(self, z: Array, y: Array) -> Array | None:
         """How often the targets of each example count, over the batch axes; None is once."""
         del z, y

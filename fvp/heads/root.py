@@ -49,7 +49,7 @@ class Root(NamedTuple):
 def unit_columns(
     multiply: Callable[[Array], Array], z: Array, event_ndim: int
 ) -> tuple[int, Callable[[ArrayLike], Array]]:
-    """The columns S e_k of ``multiply``, w -> S w, for the unit vectors e_k of an event of ``z``."""
+    """The columns S e_k of ``multiply``, w -> S w, for the unit vectors of an event of ``z``."""
     event = z.shape[z.ndim - event_ndim :]
     size = math.prod(event)
 

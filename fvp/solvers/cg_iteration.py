@@ -260,7 +260,8 @@ class _Iteration:
         """The solution of the unscaled system and its record."""
         # y^T (...) y is -2 phi - 2 y^T r, since (...) y = b - r: without a product.
         y, squared = self._to_y(last.x), self.scale * self.scale
-        yr, damping_term = self._dot(y, last.residual), self.system.damping * self._dot(y, y)
+        yr = self._dot(y, last.residual)
+        damping_term = jnp.asarray(self.system.damping) * self._dot(y, y)
         yr = jnp.where(jnp.isfinite(yr), yr, 0)  # a residual that overflowed ended the solve
         x = jax.tree.map(lambda leaf: (leaf * self.scale).astype(leaf.dtype), last.x)
         x = cast_like(x, self.rhs)

@@ -113,7 +113,8 @@ class Setting(NamedTuple):
     problem: Callable[[Params, Batch], Problem]
 
 
-class Moment(NamedTuple):
+@dataclasses.dataclass(frozen=True)
+class Moment:
     """What a solver may read at a step, beside the curvature.
 
     Attributes:

@@ -76,6 +76,7 @@ def solve_dual(
     check_nonnegative(damping, "damping")
     if isinstance(damping, (int, float)) and damping == 0:
         raise ValueError("damping: solve_dual expects a positive number, got 0.")
+    assert operator.problem is not None
     check_not_negative(operator.problem.weights)
     rhs = check_like(rhs, operator.like, "rhs", "params", cast=False)
     return _solve(operator, rhs, jnp.asarray(damping), targets)

@@ -33,7 +33,7 @@ class KFACState(NamedTuple):
 
 @dataclasses.dataclass(frozen=True)
 class KFACSolver(DampedSolver):
-    """The damped inverse of the Kronecker-factored Fisher: a direction at the price of a few passes.
+    """The damped inverse of the Kronecker-factored Fisher: a direction for a few passes.
 
     Args:
       example_batch: a batch, or a tree of ``jax.ShapeDtypeStruct`` like one, from which ``init``
@@ -108,9 +108,7 @@ class KFACSolver(DampedSolver):
         """Adds the factors of this batch to the averages, and inverts them when it is due."""
         problem = damped.operator.problem
         if problem is None or problem.axis_name is not None:
-            raise ValueError(
-                "solver: KFACSolver expects a curvature without chunk_size, axis_name."
-            )
+            raise ValueError("solver: KFACSolver takes neither chunk_size nor axis_name.")
         make = lambda: self._factors(problem, moment.count)
         shift = damped.damping if damped.l2 is None else damped.damping + damped.l2
         damping = jnp.asarray(shift, jnp.float32)

@@ -1,4 +1,4 @@
-"""The Jacobian of all examples in the metric of the outputs: F = A^T A, and A A^T layer by layer."""
+"""The Jacobian times the root of the output curvature: A, F = A^T A, and A A^T by layers."""
 
 from __future__ import annotations
 

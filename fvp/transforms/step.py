@@ -130,15 +130,69 @@ def objective_at(options: Options, params: Params, operator: Any, data: Data) ->
     return Objective(operator, params, problem, data, options.l2)
 
 
+class Attempt(NamedTuple):
+    """A step that was found and tried."""
+
+    gradient: Params  # of the loss with its l2 term
+    norm: Array  # of that
+    control: PyTree  # the state of the rule that has seen it
+    solver: PyTree  # the state of the solver that has prepared for it
+    damping: Any  # that the solver took
+    direction: Direction
+    length: Length
+    record: Step
+    outcome: Outcome
+    lost: Array  # bool: the solve broke down before it descended, on a gradient that is sound
+
+
 def take_step(
     options: Options, gradient: Params, state: NaturalGradientState, objective: Objective
 ) -> tuple[Params, NaturalGradientState]:
     """Direction, length, trial, verdict; and the next state."""
-    slope_of = gradient  # of the loss with its l2 term
+    attempt = _attempt(options, gradient, state, objective)
+    descent, outcome, record = attempt.direction.descent, attempt.outcome, attempt.record
+    accepted = descent & ~outcome.worse & (record.length != 0)
+    control = options.rule.correct(attempt.control, record, outcome, accepted)
+    verdict = Verdict(
+        sound=descent | attempt.lost,
+        # A gradient that is zero or not finite, or a loss that was not finite before the step, says
+        # nothing about damping.
+        informative=(descent & ((record.scale > 0) | attempt.length.stuck)) | attempt.lost,
+        good=accepted & ~attempt.direction.info.converged & options.rule.agrees(control),
+        noisy=options.rule.noisy(control),
+    )
+    seen = tree_where(verdict.sound, attempt.control, state.control)
+    step, sign = attempt.direction.path.step(record.length), _sign(options)
+    update = jax.tree.map(lambda x: jnp.where(accepted, sign * x, 0).astype(x.dtype), step)
+    damping = jnp.where(jnp.isfinite(attempt.damping), attempt.damping, state.damping)
+    predicted_kl = jnp.where(accepted, attempt.length.predicted_kl, 0)
+    info, mismatch = attempt.direction.info, state.gradient_mismatch
+    if options.tries and objective.data.tries_nll:
+        differs = lambda: _gradient_differs(objective, gradient, attempt)
+        mismatch = jax.lax.cond(descent & outcome.worse, differs, lambda: state.gradient_mismatch)
+    return update, NaturalGradientState(
+        count=optax.safe_increment(state.count),
+        direction=_kept_direction(state.direction, attempt, accepted),
+        control=tree_where(verdict.informative, control, seen),
+        solver=options.solver.correct(state.solver, attempt.solver, verdict),
+        damping=damping.astype(jnp.float32),
+        iterations=info.iterations,
+        residual_norm=as_finite(info.residual_norm.astype(jnp.float32)),
+        predicted_kl=as_finite(predicted_kl.astype(jnp.float32)),
+        accepted=accepted,
+        gradient_mismatch=mismatch,
+    )
+
+
+def _attempt(
+    options: Options, gradient: Params, state: NaturalGradientState, objective: Objective
+) -> Attempt:
+    """Finds a step, and tries it."""
+    slope_of = gradient
     if options.l2 is not None:
         slope_of = tree_axpy(options.l2, cast_like(objective.params, gradient), gradient)
     norm = tree_norm(slope_of)
-    control, damped = _damped(options, objective, slope_of, norm, state)
+    control, damped = _damped(options, objective, state, slope_of, norm)
     moment = Moment(state.count, norm, objective.data.targets, ~state.accepted)
     system, solver = options.solver.prepare(damped, moment, state.solver)
     if options.rule.needs_direct and not system.direct:
@@ -149,61 +203,48 @@ def take_step(
     momentum = _momentum(options, control, state.count)
     direction = find_direction(options, system, slope_of, state.direction, momentum)
     moves = Moves(objective.params, direction.path, gradient)
-    rate, sign = _learning_rate(options, state.count)
-    chosen = choose_length(options, objective, direction, moves, rate)
-    record = _record(options, direction, chosen, system.damped.damping)
-    outcome = _try(options, objective, record, chosen, moves)
-
-    # The verdict. Where no length is short enough, or the solve broke down before it descended, on
-    # a gradient that is sound, the step failed like any other: damping has to grow, or nothing ever
-    # changes.
-    info, descent = direction.info, direction.descent
-    lost = options.rule.adapts & ~descent & jnp.isfinite(info.residual_norm + norm) & (norm > 0)
-    failed = chosen.stuck | lost
+    length = choose_length(options, objective, direction, moves, _rate(options, state.count))
+    record = Step(
+        slope=direction.slope,
+        curvature=direction.curvature + _penalty_curvature(options, direction.path.direction),
+        damping_term=direction.damping_term,
+        length=length.length,
+        damping=system.damped.damping,
+    )
+    outcome = _try(options, objective, record, length, moves)
+    # Where no length is short enough, or the solve was lost, the step failed like any other:
+    # damping has to grow, or nothing ever changes.
+    sound = jnp.isfinite(direction.info.residual_norm + norm) & (norm > 0)
+    lost = options.rule.adapts & ~direction.descent & sound
+    failed = length.stuck | lost
     outcome = outcome._replace(
         error=jnp.where(failed, jnp.inf, outcome.error), worse=outcome.worse | failed
     )
-    accepted = descent & ~outcome.worse & (record.length != 0)
-    corrected = options.rule.correct(control, record, outcome, accepted)
-    verdict = Verdict(
-        sound=descent | lost,
-        # A gradient that is zero or not finite, or a loss that was not finite before the step, says
-        # nothing about damping.
-        informative=(descent & ((record.scale > 0) | chosen.stuck)) | lost,
-        good=accepted & ~info.converged & options.rule.agrees(corrected),
-        noisy=options.rule.noisy(corrected),
-    )
-    seen = tree_where(verdict.sound, control, state.control)
-    step = direction.path.step(record.length)
-    update = jax.tree.map(lambda x: jnp.where(accepted, sign * x, 0).astype(x.dtype), step)
-    damping, predicted_kl = system.damped.damping, jnp.where(accepted, chosen.predicted_kl, 0)
-    return update, NaturalGradientState(
-        count=optax.safe_increment(state.count),
-        direction=_kept_direction(state.direction, direction, accepted, lost, norm),
-        control=tree_where(verdict.informative, corrected, seen),
-        solver=options.solver.correct(state.solver, solver, verdict),
-        damping=jnp.where(jnp.isfinite(damping), damping, state.damping).astype(jnp.float32),
-        iterations=info.iterations,
-        residual_norm=as_finite(info.residual_norm.astype(jnp.float32)),
-        predicted_kl=as_finite(predicted_kl.astype(jnp.float32)),
-        accepted=accepted,
-        gradient_mismatch=_mismatch(
-            options, objective, gradient, direction, record, outcome, state
-        ),
+    return Attempt(
+        gradient=slope_of,
+        norm=norm,
+        control=control,
+        solver=solver,
+        damping=jnp.asarray(system.damped.damping),
+        direction=direction,
+        length=length,
+        record=record,
+        outcome=outcome,
+        lost=lost,
     )
 
 
 def _damped(
     options: Options,
     objective: Objective,
-    slope_of: Params,
-    norm: Array,
     state: NaturalGradientState,
+    gradient: Params,
+    norm: Array,
 ) -> tuple[PyTree, DampedCurvature]:
     """The state of the rule that has seen the gradient, and the system that it asks for."""
     shift = 0.0 if options.l2 is None else options.l2
-    rayleigh = lambda: objective.operator.quadratic_form(unit(slope_of)) + shift
-    observation = Observation(state.count, slope_of, norm, state.direction, rayleigh)
+    rayleigh = lambda: objective.operator.quadratic_form(unit(gradient)) + shift
+    observation = Observation(state.count, gradient, norm, state.direction, rayleigh)
     control, damping = options.rule.propose(state.control, observation)
     if options.rule.adapts and objective.data.batch is None:
         damping = UNTRIED_DAMPING * damping
@@ -219,61 +260,45 @@ def _momentum(options: Options, control: PyTree, count: Array) -> Any:
     return momentum(count) if callable(momentum) else momentum
 
 
-def _learning_rate(options: Options, count: Array) -> tuple[Any, float]:
-    """How far along the direction, and the sign of the update that is returned."""
-    rate = options.learning_rate
-    if rate is None:
-        return 1.0, 1.0
-    return jnp.asarray(rate(count) if callable(rate) else rate), -1.0
+def _rate(options: Options, count: Array) -> Any:
+    """How far along the direction."""
+    rate = 1.0 if options.learning_rate is None else options.learning_rate
+    return jnp.asarray(rate(count) if callable(rate) else rate)
 
 
-def _record(options: Options, direction: Direction, chosen: Length, damping: Any) -> Step:
-    """The quadratic model along the step, with the l2 term."""
-    curvature, solution = direction.curvature, direction.path.direction
-    if options.l2 is not None:
-        curvature = curvature + options.l2 * tree_vdot(solution, solution)
-    return Step(direction.slope, curvature, direction.damping_term, chosen.length, damping)
+def _sign(options: Options) -> float:
+    """Of the update that is returned."""
+    return 1.0 if options.learning_rate is None else -1.0
+
+
+def _penalty_curvature(options: Options, direction: Params) -> Any:
+    """D . l2 d."""
+    return 0.0 if options.l2 is None else options.l2 * tree_vdot(direction, direction)
 
 
 def _try(
-    options: Options, objective: Objective, record: Step, chosen: Length, moves: Moves
+    options: Options, objective: Objective, record: Step, length: Length, moves: Moves
 ) -> Outcome:
     """Tries the step on the loss where there is one, else on the divergence that it makes."""
     if not options.tries or objective.problem is None:
         return unknown_outcome(record)
     if objective.data.has_loss:
-        after = lambda length: objective.loss(moves(length)) if chosen.loss is None else chosen.loss
+        after = lambda a: objective.loss(moves(a)) if length.loss is None else length.loss
         return loss_outcome(record, objective.loss_before(), after)
     divergence = objective.divergence(moves(record.length))
-    return divergence_outcome(record, chosen.predicted_kl, divergence)
+    return divergence_outcome(record, length.predicted_kl, divergence)
 
 
-def _mismatch(
-    options: Options,
-    objective: Objective,
-    gradient: Params,
-    direction: Direction,
-    record: Step,
-    outcome: Outcome,
-    state: NaturalGradientState,
-) -> Array:
-    """Whether a rejected step's gradient was that of another loss; what was known otherwise."""
-    if not (options.tries and objective.data.tries_nll):
-        return state.gradient_mismatch
+def _gradient_differs(objective: Objective, gradient: Params, attempt: Attempt) -> Array:
+    """Whether a rejected step's gradient was that of another loss."""
     # The loss is rounded by that much along the step.
-    rounding = jnp.where(jnp.isfinite(outcome.rounding), outcome.rounding, 0)
-    least = rounding / jnp.abs(record.length)
-    solution = direction.path.direction
-    return jax.lax.cond(
-        direction.descent & outcome.worse,
-        lambda: objective.gradient_differs(gradient, solution, least),
-        lambda: state.gradient_mismatch,
-    )
+    rounding = attempt.outcome.rounding
+    rounding = jnp.where(jnp.isfinite(rounding), rounding, 0)
+    least = rounding / jnp.abs(attempt.record.length)
+    return objective.gradient_differs(gradient, attempt.direction.path.direction, least)
 
 
-def _kept_direction(
-    previous: Params | None, direction: Direction, accepted: Array, lost: Array, norm: Array
-) -> Params | None:
+def _kept_direction(previous: Params | None, attempt: Attempt, accepted: Array) -> Params | None:
     """The direction that the next step reads.
 
     A bad batch leaves momentum and warm start alone. A step that failed its trial ends them, and so
@@ -281,6 +306,7 @@ def _kept_direction(
     """
     if previous is None:
         return None
-    ended = ~accepted & (direction.descent | ~direction.info.breakdown | lost) & (norm > 0)
-    kept = tree_where(ended, tree_zeros_like(previous), previous)
+    direction = attempt.direction
+    failed = direction.descent | ~direction.info.breakdown | attempt.lost
+    kept = tree_where(~accepted & failed & (attempt.norm > 0), tree_zeros_like(previous), previous)
     return tree_where(accepted, cast_like(direction.path.direction, previous), kept)
