@@ -108,6 +108,22 @@ def tree_zeros_like(tree: Any) -> Any:
     return jax.tree.map(jnp.zeros_like, tree)
 
 
+def zeros_of(shapes: Any) -> Any:
+    """Zeros for a tree of shapes, dtypes and shardings, such as ``jax.eval_shape`` returns."""
+    return jax.tree.map(jnp.zeros_like, shapes)
+
+
+def scan_sum(function: Callable[[Any], Any], xs: Any) -> Any:
+    """The sum of the trees ``function(x)`` over the slices x of ``xs`` along its first axis.
+
+    One slice at a time, so that memory is that of one result and not of all.
+    """
+    first = lambda xs: function(jax.tree.map(lambda x: x[0], xs))
+    zeros = zeros_of(jax.eval_shape(first, xs))
+    step = lambda total, x: (jax.tree.map(jnp.add, total, function(x)), None)
+    return jax.lax.scan(step, zeros, xs)[0]
+
+
 def tree_norm(tree: Any) -> Array:
     """Euclidean norm, also where the squares would leave the range of floats."""
     squares = tree_vdot(tree, tree)
