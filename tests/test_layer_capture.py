@@ -11,10 +11,10 @@ from dense import relative_error
 from models import MODELS, affine, conv, layer, normal, weight
 
 import fvp
-from fvp.layers.capture import capture
 from fvp.layers.columns import exact_root, exact_root_coefficients
 from fvp.layers.groups import Rows
-from fvp.layers.report import coverage_of
+from fvp.tracing.capture import capture
+from fvp.tracing.coverage import coverage_of
 
 COMPILE_QUICKLY = True
 

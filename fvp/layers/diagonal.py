@@ -16,14 +16,14 @@ from fvp.compilation import compiled_when_eager
 from fvp.curvature.linearization import Linearization
 from fvp.heads import Head
 from fvp.heads.head import check_head
+from fvp.layers.captured_batch import CHUNK, LayerRows, layer_rows
 from fvp.layers.columns import check_not_negative, columns_of
 from fvp.layers.groups import Rows
-from fvp.layers.report import check_fallback
-from fvp.layers.rows import CHUNK, LayerRows, layer_rows
 from fvp.layers.squares import squared
 from fvp.mesh import auto_sharded
 from fvp.model import close_model
 from fvp.numerics import cast_like, widen
+from fvp.tracing.coverage import check_fallback
 
 
 def fisher_diagonal(

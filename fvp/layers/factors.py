@@ -11,15 +11,15 @@ import jax.numpy as jnp
 import numpy as np
 from jax import Array
 
-from fvp.layers.capture import Capture
+from fvp.layers.captured_batch import CHUNK, LayerRows, scan_examples
 from fvp.layers.groups import Rows, standing_for
 from fvp.layers.kronecker import KroneckerBlock
-from fvp.layers.layouts import Layout
 from fvp.layers.products import einsum
-from fvp.layers.report import treatment
-from fvp.layers.rows import CHUNK, LayerRows, scan_examples
 from fvp.layers.squares import squared_lookup
-from fvp.layers.uses import Use
+from fvp.tracing.capture import Capture
+from fvp.tracing.coverage import treatment
+from fvp.tracing.layouts import Layout
+from fvp.tracing.uses import Use
 
 WEIGHT_SHARING = ("expand", "reduce")
 

@@ -9,9 +9,9 @@ import jax
 import jax.numpy as jnp
 from jax import Array
 
+from fvp.layers.captured_batch import CHUNK, LayerRows
 from fvp.layers.groups import Rows
 from fvp.layers.products import einsum
-from fvp.layers.rows import CHUNK, LayerRows
 
 
 def gram_matrix(captured: LayerRows, lost: Any) -> Array:

@@ -13,10 +13,10 @@ import jax.numpy as jnp
 import numpy as np
 from jax import Array
 
-from fvp.layers.capture import Capture
 from fvp.layers.products import einsum
-from fvp.layers.uses import Use
-from fvp.layers.views import View
+from fvp.tracing.capture import Capture
+from fvp.tracing.parameter_views import View
+from fvp.tracing.uses import Use
 
 
 def groups_of(capture: Capture) -> list[tuple[int, ...]]:

@@ -20,6 +20,7 @@ from fvp.checks import check_inexact_tree, check_like, check_nonnegative, check_
 from fvp.compilation import compiled_when_eager
 from fvp.heads import Head
 from fvp.heads.head import check_head
+from fvp.layers.captured_batch import layer_rows
 from fvp.layers.columns import check_not_negative
 from fvp.layers.diagonal import squared_rows
 from fvp.layers.factors import (
@@ -29,12 +30,11 @@ from fvp.layers.factors import (
     with_corrected_eigenvalues,
 )
 from fvp.layers.kronecker import DAMPING_RULES, add_weight, weight_of
-from fvp.layers.layouts import Layout
-from fvp.layers.report import Coverage, check_fallback, coverage_of
-from fvp.layers.rows import layer_rows
 from fvp.mesh import auto_sharded, share_out
 from fvp.model import close_model
 from fvp.numerics import cast_like, widen
+from fvp.tracing.coverage import Coverage, check_fallback, coverage_of
+from fvp.tracing.layouts import Layout
 
 
 @jax.tree_util.register_dataclass

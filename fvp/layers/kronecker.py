@@ -10,8 +10,8 @@ import jax.numpy as jnp
 from jax import Array
 
 from fvp.factorization import eigh_semidefinite, inverse_semidefinite
-from fvp.layers.layouts import Layout
 from fvp.layers.products import einsum
+from fvp.tracing.layouts import Layout
 
 DAMPING_RULES = ("exact", "pi", "factored")
 

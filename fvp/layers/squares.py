@@ -9,9 +9,9 @@ import jax
 import jax.numpy as jnp
 from jax import Array
 
+from fvp.layers.captured_batch import CHUNK, scan_examples
 from fvp.layers.groups import Rows
 from fvp.layers.products import einsum
-from fvp.layers.rows import CHUNK, scan_examples
 
 
 def squared(rows: Rows, shape: tuple[int, ...]) -> Array:

@@ -16,7 +16,7 @@ from fvp.curvature.operator import CurvatureOperator
 from fvp.curvature.pieces import GaussNewtonPiece, apply_weights
 from fvp.factorization import SemidefiniteFactor
 from fvp.heads import Gaussian, Head, Sigmoid, Softmax
-from fvp.layers.capture import capture
+from fvp.layers.captured_batch import CHUNK, LayerRows, rows_of_capture
 from fvp.layers.columns import (
     check_not_negative,
     exact_root_coefficients,
@@ -25,9 +25,9 @@ from fvp.layers.columns import (
     multiple_of_fisher,
 )
 from fvp.layers.gram import gram_matrix
-from fvp.layers.rows import CHUNK, LayerRows, rows_of_capture
 from fvp.mesh import row_axes
 from fvp.numerics import cast_like, tree_axpy, tree_vdot, tree_where, widen, widen_tree
+from fvp.tracing.capture import capture
 
 
 def solve_dual(

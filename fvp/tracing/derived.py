@@ -10,8 +10,8 @@ from collections.abc import Sequence
 from typing import Any
 
 from fvp.compatibility import bind
-from fvp.layers.values import Node, Value
-from fvp.layers.views import Function, View
+from fvp.tracing.parameter_views import Function, View
+from fvp.tracing.values import Node, Value
 
 
 def derived(value: Value) -> tuple[View, ...] | None:

@@ -19,15 +19,15 @@ from jax.core import Tracer
 from jax.extend.core import Literal
 
 from fvp.compatibility import JIT, bind
-from fvp.layers import control_flow
-from fvp.layers.derivative_rules import CUSTOM_RULES, rule_is_of_body
-from fvp.layers.derived import derived
-from fvp.layers.place_rules import ELEMENTWISE, AnyPlace, Place
-from fvp.layers.places import inner_jaxpr, propagate
-from fvp.layers.structure import structural
-from fvp.layers.uses import Use, classify, shift
-from fvp.layers.values import Node, Record, Value
-from fvp.layers.views import View
+from fvp.tracing import control_flow
+from fvp.tracing.batch_axis_rules import ELEMENTWISE, AnyPlace, Place
+from fvp.tracing.derivative_rules import CUSTOM_RULES, rule_is_of_body
+from fvp.tracing.derived import derived
+from fvp.tracing.parameter_views import View
+from fvp.tracing.propagation import inner_jaxpr, propagate
+from fvp.tracing.structure import structural
+from fvp.tracing.uses import Use, classify, shift
+from fvp.tracing.values import Node, Record, Value
 
 _MOVES = frozenset(
     ("reshape", "squeeze", "expand_dims", "transpose", "convert_element_type", "copy", "name")

@@ -5,8 +5,8 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Iterator, Mapping
 
-from fvp.layers.capture import Capture
-from fvp.layers.uses import Use
+from fvp.tracing.capture import Capture
+from fvp.tracing.uses import Use
 
 
 @dataclasses.dataclass(frozen=True)

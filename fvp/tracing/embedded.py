@@ -10,7 +10,7 @@ from typing import Any
 import jax.numpy as jnp
 import numpy as np
 
-from fvp.layers.uses import Use
+from fvp.tracing.uses import Use
 
 
 def restrict(use: Use, shape: tuple[int, ...]) -> None:

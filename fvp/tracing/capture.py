@@ -13,13 +13,13 @@ import numpy as np
 from jax import Array
 
 from fvp.heads import Head
-from fvp.layers.embedded import restrict
-from fvp.layers.interpret import Interpreter
-from fvp.layers.place_rules import Mixed, Place
-from fvp.layers.uses import Use
-from fvp.layers.values import Record, Value
-from fvp.layers.views import View
 from fvp.numerics import widen
+from fvp.tracing.batch_axis_rules import Mixed, Place
+from fvp.tracing.embedded import restrict
+from fvp.tracing.interpreter import Interpreter
+from fvp.tracing.parameter_views import View
+from fvp.tracing.uses import Use
+from fvp.tracing.values import Record, Value
 
 
 @dataclasses.dataclass(frozen=True)

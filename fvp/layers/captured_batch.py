@@ -12,11 +12,11 @@ import jax.numpy as jnp
 from jax import Array
 
 from fvp.heads import Head
-from fvp.layers.capture import Capture, capture
 from fvp.layers.columns import Columns, columns_of
 from fvp.layers.groups import Rows, groups_of
-from fvp.layers.report import check_covered
 from fvp.numerics import widen
+from fvp.tracing.capture import Capture, capture
+from fvp.tracing.coverage import check_covered
 
 CHUNK = 2**25  # entries of per-example gradients, or of cotangents, that are held at a time
 

@@ -13,7 +13,7 @@ from typing import Any
 from jax.extend.core import Literal
 
 from fvp.compatibility import JIT, ClosedJaxpr, scan_counts
-from fvp.layers.place_rules import ELEMENTWISE, RULES, AnyPlace, Mixed, Place, join
+from fvp.tracing.batch_axis_rules import ELEMENTWISE, RULES, AnyPlace, Mixed, Place, join
 
 CALLS = frozenset(
     (

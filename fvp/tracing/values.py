@@ -5,9 +5,9 @@ from __future__ import annotations
 import dataclasses
 from typing import Any
 
-from fvp.layers.place_rules import AnyPlace, Place
-from fvp.layers.uses import Use
-from fvp.layers.views import View
+from fvp.tracing.batch_axis_rules import AnyPlace, Place
+from fvp.tracing.parameter_views import View
+from fvp.tracing.uses import Use
 
 
 @dataclasses.dataclass(eq=False)

@@ -9,8 +9,8 @@ from typing import Any
 
 import jax.numpy as jnp
 
-from fvp.layers.place_rules import reshape_order
-from fvp.layers.views import View, Window, broadcast
+from fvp.tracing.batch_axis_rules import reshape_order
+from fvp.tracing.parameter_views import View, Window, broadcast
 
 _SAME = ("copy", "copy_p", "name", "pvary", "pcast", "sharding_constraint", "reshard")
 _ROUNDED = ("convert_element_type", "reduce_precision")

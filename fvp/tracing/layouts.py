@@ -9,7 +9,7 @@ from typing import Any
 import jax.numpy as jnp
 import numpy as np
 
-from fvp.layers.views import View
+from fvp.tracing.parameter_views import View
 
 
 @dataclasses.dataclass(frozen=True)

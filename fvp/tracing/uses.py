@@ -18,9 +18,9 @@ import jax.numpy as jnp
 import numpy as np
 from jax import Array
 
-from fvp.layers.layouts import Layout
-from fvp.layers.place_rules import AnyPlace
-from fvp.layers.views import View
+from fvp.tracing.batch_axis_rules import AnyPlace
+from fvp.tracing.layouts import Layout
+from fvp.tracing.parameter_views import View
 
 
 @dataclasses.dataclass(eq=False)

@@ -10,10 +10,10 @@ import jax.numpy as jnp
 from jax.core import Tracer
 
 from fvp.compatibility import scan_counts
-from fvp.layers.derived import derived
-from fvp.layers.places import jaxpr_places, leave_carry, outside, scan_carry
-from fvp.layers.values import Record, Value
-from fvp.layers.views import View
+from fvp.tracing.derived import derived
+from fvp.tracing.parameter_views import View
+from fvp.tracing.propagation import jaxpr_places, leave_carry, outside, scan_carry
+from fvp.tracing.values import Record, Value
 
 
 def scan(parent: Any, eqn: Any, inputs: list[Value]) -> list[Value]:
