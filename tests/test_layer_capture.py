@@ -12,7 +12,7 @@ from models import MODELS, affine, conv, layer, normal, weight
 
 import fvp
 from fvp.layers.columns import exact_root, exact_root_coefficients
-from fvp.layers.groups import Rows
+from fvp.layers.groups import GroupGradients
 from fvp.tracing.capture import capture
 from fvp.tracing.coverage import coverage_of
 
@@ -242,7 +242,8 @@ def captured(name):
         found[:] = coverage_of(layers), layers.examples
         total = [jnp.zeros(shape.shape) for shape in layers.shapes]
         for use, x, delta in zip(layers.uses, layers.inputs, layers.outputs(u[None]), strict=True):
-            total[use.view.leaf] += Rows((use,), (x,), (delta,)).gradients().sum((0, 1))
+            gradients = GroupGradients((use,), (x,), (delta,)).gradients()
+            total[use.view.leaf] += gradients.sum((0, 1))
         plain = jax.vjp(lambda p: model_fn(p, batch), params)[1](u)[0]
         return layers.unflatten(total), plain
 

@@ -5,7 +5,8 @@ in the space of outputs; never solvers or transformations.
 """
 
 from fvp.layers.diagonal import fisher_diagonal
-from fvp.layers.kfac import KFAC, KFACInverse, kfac
+from fvp.layers.kfac import kfac
+from fvp.layers.kfac_operator import KFAC, KFACInverse
 from fvp.tracing.coverage import Coverage
 
 __all__ = ["KFAC", "Coverage", "KFACInverse", "fisher_diagonal", "kfac"]

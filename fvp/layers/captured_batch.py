@@ -1,122 +1,140 @@
-"""A batch, captured: the rows of every group of uses, for the columns of a curvature."""
+"""A batch, captured: the gradients of every group of uses, for the columns of a curvature."""
 
 from __future__ import annotations
 
 import dataclasses
 import math
 from collections.abc import Callable
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import jax
 import jax.numpy as jnp
 from jax import Array
 
 from fvp.heads import Head
+from fvp.layers.chunks import CHUNK
 from fvp.layers.columns import Columns, columns_of
-from fvp.layers.groups import Rows, groups_of
+from fvp.layers.groups import GroupGradients, groups_of
 from fvp.numerics import widen
 from fvp.tracing.capture import Capture, capture
 from fvp.tracing.coverage import check_covered
+from fvp.typing import Batch, ModelFn, Params, PyTree
 
-CHUNK = 2**25  # entries of per-example gradients, or of cotangents, that are held at a time
+if TYPE_CHECKING:
+    from jaxtyping import Float
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class ModelData:
+    """What a model function is evaluated on, and the columns that are asked for.
+
+    Those of S, S S^T = F_R; of scores at ``targets``; or of scores at labels drawn with ``key``.
+    """
+
+    head: Head
+    params: Params
+    batch: Batch
+    weights: Any = None
+    targets: Any = None
+    key: Array | None = None
 
 
 @dataclasses.dataclass(frozen=True)
-class LayerRows:
-    """Lives inside one trace.
+class CaptureOptions:
+    """Static and hashable: how a batch is captured."""
+
+    axes: tuple[Any, tuple[int | None, ...]]  # structure and leaves of the batch axes
+    num_samples: int
+    fallback: str | None
+
+    @classmethod
+    def of(cls, batch_axes: PyTree, num_samples: int, fallback: str | None) -> CaptureOptions:
+        """From the arguments of the public functions."""
+        axes, structure = jax.tree.flatten(batch_axes, is_leaf=lambda axis: axis is None)
+        return cls((structure, tuple(axes)), num_samples, fallback)
+
+    @property
+    def batch_axes(self) -> PyTree:
+        """Where the example axis of each leaf of the batch is."""
+        return jax.tree.unflatten(*self.axes)
+
+
+@dataclasses.dataclass(frozen=True)
+class CapturedBatch:
+    """Lives inside one trace; for the letters E and K see :mod:`fvp.tracing.uses`.
 
     Attributes:
       layers: the capture.
-      columns: the cotangents; where rows meet inside an example each has columns of its own.
-      shares: (E,) share of each example in the total weight.
+      make_columns: the batch axes along which each entry of z has columns of its own -> cotangents.
+      separate: those axes where the model mixes entries along some of them.
+      columns: the cotangents.
+      shares: share of each example in the total weight.
       groups: numbers of the uses that belong together.
-      separate: the batch axes whose rows have columns of their own.
       inputs: of each use, as in the capture; zeros where an example has no weight.
     """
 
     layers: Capture
-    columns: Columns
-    shares: Array
-    groups: tuple[tuple[int, ...], ...]
+    make_columns: Callable[[tuple[int, ...]], Columns]
     separate: tuple[int, ...]
-    inputs: tuple[Any, ...]
+    columns: Columns
+    shares: Float[Array, " E"]
+    groups: tuple[tuple[int, ...], ...]
+    inputs: tuple[Array | None, ...]
 
-    def rows(self, cotangents: Array) -> list[Rows]:
-        """One set of rows for each group, for cotangents (K, like z)."""
+    @classmethod
+    def of(
+        cls, layers: Capture, make_columns: Callable[[tuple[int, ...]], Columns]
+    ) -> CapturedBatch:
+        """The captured batch for columns ``make_columns(separate)``."""
+        axes = range(len(layers.batch_shape))
+        separate = tuple(axis for axis in axes if axis not in layers.examples)
+        columns = make_columns(separate)
+        shares = jnp.sum(columns.shares, axis=separate).ravel()
+        inputs = tuple(_present(x, shares) for x in layers.inputs)
+        groups = tuple(groups_of(layers))
+        return cls(layers, make_columns, separate, columns, shares, groups, inputs)
+
+    @property
+    def unmatched(self) -> list[int]:
+        """The leaves that some use without a layer rule reads."""
+        return sorted({use.view.leaf for use in self.layers.unmatched})
+
+    def gradients(self, cotangents: Float[Array, "K ..."]) -> list[GroupGradients]:
+        """The gradients of each group of uses, for these cotangents of z."""
         outputs = self.layers.outputs(cotangents)
-        sets = []
+        found = []
         for group in self.groups:
             uses = tuple(self.layers.uses[number] for number in group)
             inputs = tuple(self.inputs[number] for number in group)
             deltas = tuple(_present(outputs[number], self.shares, 1) for number in group)
-            sets.append(Rows(uses, inputs, deltas))
-        return sets
+            found.append(GroupGradients(uses, inputs, deltas))
+        return found
 
-    def sum(self, function: Callable[[list[Rows]], Any]) -> Any:
-        """The sum over the columns, a few at a time, of ``function(rows)``."""
+    def sum(self, function: Callable[[list[GroupGradients]], PyTree]) -> PyTree:
+        """The sum over the columns, a few at a time, of ``function(gradients)``."""
         largest = max((math.prod(use.shape) for use in self.layers.uses), default=1)
-        return self.columns.sum(lambda c: function(self.rows(c)), max(1, CHUNK // largest))
-
-    @property
-    def lost(self) -> list[int]:
-        """The leaves that some use without a layer rule reads."""
-        return sorted({use.view.leaf for use in self.layers.lost})
+        return self.columns.sum(lambda c: function(self.gradients(c)), max(1, CHUNK // largest))
 
 
-def layer_rows(
-    model_fn: Callable[[Any, Any], Array],
-    head: Head,
-    params: Any,
-    batch: Any,
-    weights: Any,
-    batch_axes: Any,
-    fallback: str | None,
-    *,
-    targets: Any = None,
-    keys: Any = None,
-) -> LayerRows:
-    """Captures ``model_fn`` at ``batch`` and chooses the columns."""
-    layers = capture(model_fn, head, params, batch, batch_axes)
-    check_covered(layers, fallback)
-    make = lambda separate: columns_of(
-        head, layers.z, weights, separate, targets=targets, keys=keys
+def capture_batch(model_fn: ModelFn, data: ModelData, options: CaptureOptions) -> CapturedBatch:
+    """Captures ``model_fn`` and chooses the columns.
+
+    Raises:
+      ValueError: where a parameter has a use without a layer rule, or examples meet, and there is
+        no fallback.
+    """
+    layers = capture(model_fn, data.head, data.params, data.batch, options.batch_axes)
+    check_covered(layers, options.fallback)
+    keys = None if data.key is None else jax.random.split(data.key, options.num_samples)
+    make_columns = lambda separate: columns_of(
+        data.head, layers.z, data.weights, separate, targets=data.targets, keys=keys
     )
-    return rows_of_capture(layers, make)
+    return CapturedBatch.of(layers, make_columns)
 
 
-def rows_of_capture(
-    layers: Capture, make_columns: Callable[[tuple[int, ...]], Columns]
-) -> LayerRows:
-    """The rows of a capture for columns ``make_columns(separate)``."""
-    axes = range(len(layers.batch_shape))
-    separate = tuple(axis for axis in axes if axis not in layers.examples)
-    columns = make_columns(separate)
-    shares = jnp.sum(columns.shares, axis=separate).ravel()
-    inputs = tuple(_present(x, shares) for x in layers.inputs)
-    groups = tuple(groups_of(layers))
-    return LayerRows(layers, columns, shares, groups, separate, inputs)
-
-
-def _present(x: Any, shares: Array, axis: int = 0) -> Any:
+def _present(x: Any, shares: Float[Array, " E"], axis: int = 0) -> Any:
     """``x`` with the examples of weight zero, whatever they hold, replaced by zeros."""
     if x is None or shares.size == 1 or not jnp.issubdtype(x.dtype, jnp.floating):
         return x
     return jnp.where((shares == 0).reshape(-1, *(1,) * (x.ndim - axis - 1)), 0, widen(x))
-
-
-def scan_examples(function: Callable[[Any], Any], data: Any, size: int) -> Any:
-    """The sum of ``function`` over chunks of ``size`` examples, the first axis of ``data``."""
-    examples = jax.tree.leaves(data)[0].shape[0]
-    if size >= examples:
-        return function(data)
-    padding = -examples % size
-
-    def split(x: Array) -> Array:
-        x = jnp.concatenate([x, jnp.zeros((padding, *x.shape[1:]), x.dtype)])
-        return x.reshape(-1, size, *x.shape[1:])
-
-    data = jax.tree.map(split, data)
-    shapes = jax.eval_shape(function, jax.tree.map(lambda x: x[0], data))
-    zeros = jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), shapes)
-    step = lambda total, part: (jax.tree.map(jnp.add, total, function(part)), None)
-    return jax.lax.scan(step, zeros, data)[0]

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
-from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -16,28 +14,30 @@ from fvp.compilation import compiled_when_eager
 from fvp.curvature.linearization import Linearization
 from fvp.heads import Head
 from fvp.heads.head import check_head
-from fvp.layers.captured_batch import CHUNK, LayerRows, layer_rows
-from fvp.layers.columns import check_not_negative, columns_of
-from fvp.layers.groups import Rows
+from fvp.layers.captured_batch import CapturedBatch, CaptureOptions, ModelData, capture_batch
+from fvp.layers.chunks import CHUNK
+from fvp.layers.columns import check_not_negative
+from fvp.layers.groups import GroupGradients
 from fvp.layers.squares import squared
 from fvp.mesh import auto_sharded
 from fvp.model import close_model
-from fvp.numerics import cast_like, widen
+from fvp.numerics import cast_like, widen, zeros_of
 from fvp.tracing.coverage import check_fallback
+from fvp.typing import Batch, ModelFn, Params, PyTree
 
 
 def fisher_diagonal(
-    model_fn: Callable[[Any, Any], Array],
+    model_fn: ModelFn,
     head: Head,
-    params: Any,
-    batch: Any,
+    params: Params,
+    batch: Batch,
     *,
     weights: ArrayLike | None = None,
     key: Array | None = None,
     num_samples: int = 1,
-    batch_axes: Any = 0,
+    batch_axes: PyTree = 0,
     fallback: str | None = None,
-) -> Any:
+) -> Params:
     r"""The diagonal of the Fisher, diag F = sum_i w_i sum_c (J_i^T s_ic)^2 / sum_i w_i.
 
     The s_ic are the columns of S(z_i), S S^T = F_R; with a ``key``, scores at labels drawn from the
@@ -47,8 +47,8 @@ def fisher_diagonal(
     Where it is shared (convolutions, tokens, time steps) they are summed a few examples at a time.
 
     The cost is a forward pass, and C backward passes without their weight gradients (one with a
-    ``key``). Rows that meet inside one example (tokens of an attention layer) take C passes each:
-    prefer a ``key`` for long sequences.
+    ``key``). Outputs that meet inside an example (tokens of an attention layer) take C passes each,
+    so prefer a ``key`` for long sequences.
 
     Args:
       model_fn: pure function ``model_fn(params, batch) -> z``.
@@ -61,7 +61,8 @@ def fisher_diagonal(
       batch_axes: where the example axis of each leaf of ``batch`` is, in the form of the
         ``in_axes`` of ``jax.vmap``.
       fallback: "per_example" differentiates row by row what has no layer rule, and models that mix
-        examples (batch normalisation in training): exact, at the cost of rows x columns passes.
+        examples (batch normalisation in training): exact, at the cost of a pass for each output
+        of each example.
 
     Returns:
       A pytree like ``params``, computed in float32 or wider and returned in the dtypes of
@@ -88,77 +89,57 @@ def fisher_diagonal(
     check_head(head)
     params = check_inexact_tree(params, "params")
     model_fn, batch = close_model(model_fn, batch)
-    axes, structure = jax.tree.flatten(batch_axes, is_leaf=lambda axis: axis is None)
-    static = ((structure, tuple(axes)), num_samples, fallback)
-    return _diagonal(model_fn, static, head, params, batch, weights, key)
+    options = CaptureOptions.of(batch_axes, num_samples, fallback)
+    return _diagonal(model_fn, options, ModelData(head, params, batch, weights, key=key))
 
 
 @compiled_when_eager
-def _diagonal(model_fn: Any, static: Any, head: Head, params: Any, *data: Any) -> Any:
-    return auto_sharded(
-        functools.partial(_squares, model_fn, static), head, params, *data, like=params
-    )
+def _diagonal(model_fn: ModelFn, options: CaptureOptions, data: ModelData) -> Params:
+    function = functools.partial(_squares, model_fn, options)
+    return auto_sharded(function, data, like=data.params)
 
 
-def _squares(
-    model_fn: Any,
-    static: Any,
-    head: Head,
-    params: Any,
-    batch: Any,
-    weights: Any,
-    key: Any,
-) -> Any:
-    axes, num_samples, fallback = static
-    keys = None if key is None else jax.random.split(key, num_samples)
-    batch_axes = jax.tree.unflatten(*axes)
-    captured = layer_rows(model_fn, head, params, batch, weights, batch_axes, fallback, keys=keys)
+def _squares(model_fn: ModelFn, options: CaptureOptions, data: ModelData) -> Params:
+    captured = capture_batch(model_fn, data, options)
     layers = captured.layers
+    dtype = widen(layers.z).dtype
 
-    def squares(groups: list[Rows]) -> list[Array]:
-        total = [jnp.zeros(s.shape, widen(layers.z).dtype) for s in layers.shapes]
-        for rows in groups:
-            leaf = rows.uses[0].view.leaf
-            total[leaf] += squared(rows, layers.shapes[leaf].shape)
+    def squares(groups: list[GroupGradients]) -> list[Array]:
+        total = zeros_of([jax.ShapeDtypeStruct(s.shape, dtype) for s in layers.shapes])
+        for group in groups:
+            total[group.leaf] += squared(group, layers.shapes[group.leaf].shape)
         return total
 
     total = captured.sum(squares)
-    for leaf, value in squared_rows(
-        model_fn, head, params, batch, weights, captured, captured.lost, keys=keys
-    ).items():
+    for leaf, value in differentiated(model_fn, data, captured, captured.unmatched).items():
         total[leaf] = value
-    return cast_like(layers.unflatten(total), params)
+    return cast_like(layers.unflatten(total), data.params)
 
 
-def squared_rows(
-    model_fn: Any,
-    head: Head,
-    params: Any,
-    batch: Any,
-    weights: Any,
-    captured: LayerRows,
-    lost: list[int],
-    **options: Any,
+def differentiated(
+    model_fn: ModelFn, data: ModelData, captured: CapturedBatch, numbers: list[int]
 ) -> dict[int, Array]:
-    """The diagonal of the leaves ``lost``, by one backward pass for every row and column."""
-    if not lost:
+    """The diagonal of the leaves with these numbers, by one backward pass for every column.
+
+    No column is shared: each entry of the batch axes of z has columns of its own.
+    """
+    if not numbers:
         return {}
-    everywhere = range(len(captured.layers.batch_shape))
-    columns = columns_of(head, captured.layers.z, weights, everywhere, **options)
-    leaves, structure = jax.tree.flatten(params)
+    columns = captured.make_columns(tuple(range(len(captured.layers.batch_shape))))
+    leaves, structure = jax.tree.flatten(data.params)
 
-    def model(some: list[Any]) -> Array:
+    def model(some: list[Array]) -> Array:
         whole = list(leaves)
-        for leaf, value in zip(lost, some, strict=True):
-            whole[leaf] = value
-        return model_fn(jax.tree.unflatten(structure, whole), batch)
+        for number, value in zip(numbers, some, strict=True):
+            whole[number] = value
+        return model_fn(jax.tree.unflatten(structure, whole), data.batch)
 
-    linearization = Linearization.of(model, [leaves[leaf] for leaf in lost])
+    linearization = Linearization.of(model, [leaves[number] for number in numbers])
     dtype = linearization.output.dtype
 
     def squares(cotangents: Array) -> list[Array]:
         gradients = jax.vmap(lambda u: linearization.vjp(u.astype(dtype)))(cotangents)
         return [jnp.sum(widen(g) ** 2, axis=0) for g in gradients]
 
-    size = max(1, CHUNK // max(leaves[leaf].size for leaf in lost))
-    return dict(zip(lost, columns.sum(squares, size), strict=True))
+    size = max(1, CHUNK // max(leaves[number].size for number in numbers))
+    return dict(zip(numbers, columns.sum(squares, size), strict=True))

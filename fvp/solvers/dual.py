@@ -16,7 +16,8 @@ from fvp.curvature.operator import CurvatureOperator
 from fvp.curvature.pieces import GaussNewtonPiece, apply_weights
 from fvp.factorization import SemidefiniteFactor
 from fvp.heads import Gaussian, Head, Sigmoid, Softmax
-from fvp.layers.captured_batch import CHUNK, LayerRows, rows_of_capture
+from fvp.layers.captured_batch import CapturedBatch
+from fvp.layers.chunks import CHUNK
 from fvp.layers.columns import (
     check_not_negative,
     exact_root_coefficients,
@@ -159,7 +160,7 @@ class ExampleRows:
     """A, F = A^T A: a row for each column of the metric and example; lives inside one trace."""
 
     operator: CurvatureOperator
-    captured: LayerRows
+    captured: CapturedBatch
     columns: Array  # (K, like z)
 
     @classmethod
@@ -173,7 +174,7 @@ class ExampleRows:
             batch_axes = jax.tree.unflatten(jax.tree.structure(source.batch), source.batch_axes)
         layers = capture(source.model_fn, piece.head, source.params, source.batch, batch_axes)
         make = lambda separate: metric_columns(piece, operator.total, separate)
-        captured = rows_of_capture(layers, make)
+        captured = CapturedBatch.of(layers, make)
         return cls(operator, captured, captured.columns.all())
 
     def times(self, v: Any) -> Array:
@@ -196,8 +197,8 @@ class ExampleRows:
 
     def gram(self) -> Array:
         """A A^T, (K E, K E)."""
-        lost = self.captured.lost
-        return gram_matrix(self.captured, self._plain_rows if lost else None)
+        unmatched = self.captured.unmatched
+        return gram_matrix(self.captured, self._plain_rows if unmatched else None)
 
     def whitened(self, targets: Any) -> Array | None:
         """The w with A^T w = the gradient of the loss at ``targets``, up to entries left at zero.
@@ -237,7 +238,7 @@ class ExampleRows:
         return w.reshape(-1, *shape)
 
     def _plain_rows(self, columns: Array) -> Array:
-        """(K, E, entries of the lost leaves), by one backward pass for each row."""
+        """(K, E, entries of the unmatched leaves), by one backward pass for each row."""
         piece, examples = self.operator.piece, self._examples()
 
         def row(index: Array) -> Array:
@@ -245,7 +246,7 @@ class ExampleRows:
             w = unit.reshape(columns.shape[0], examples)
             u = jnp.sum(columns * self._spread(w), axis=0).astype(piece.output.dtype)
             leaves = jax.tree.leaves(piece.linearization.vjp(u))
-            return jnp.concatenate([widen(leaves[i]).ravel() for i in self.captured.lost])
+            return jnp.concatenate([widen(leaves[i]).ravel() for i in self.captured.unmatched])
 
         count = columns.shape[0] * examples
         size = max(1, CHUNK // sum(s.size for s in jax.tree.leaves(self.operator._like())))

@@ -1,55 +1,20 @@
-"""Places of the example axis, and the rules by which primitives move it."""
+"""How the primitives of JAX move a batch axis.
+
+A rule takes an equation, what is known of one batch axis in each of its operands (never all None,
+none :class:`Mixed`), and the length of that axis. It returns what is known of it in the outputs, or
+None where the primitive mixes examples.
+"""
 
 from __future__ import annotations
 
-import math
-from collections.abc import Sequence
-from typing import Any, NamedTuple
+from collections.abc import Callable, Sequence
+from typing import Any, TypeAlias
 
+from fvp.tracing.batch_axes import AxisInfo, BatchAxis, join, join_all, reshaped
+from fvp.tracing.jaxprs import Equation, free_dimensions, reshape_order
 
-class Place(NamedTuple):
-    """Entry i of axis ``dim`` belongs to example (i // inner) % count.
-
-    Inside of scans a negative ``dim`` is a scan whose steps are the entries: -1 is the innermost.
-    """
-
-    dim: int
-    inner: int = 1
-
-
-class Mixed(NamedTuple):
-    """Examples met at this primitive, or, where it is not ``ruled``, nothing is known of it."""
-
-    primitive: str
-    ruled: bool = True
-
-
-AnyPlace = Place | Mixed | None
-
-
-def join(a: AnyPlace, b: AnyPlace, primitive: str) -> AnyPlace:
-    """The place of a value that reads ``a`` and ``b`` entry by entry."""
-    if a is None or b is None or a == b:
-        return b if a is None else a
-    return next((p for p in (a, b) if isinstance(p, Mixed)), Mixed(primitive))
-
-
-def reshaped(place: Place, old: Sequence[int], new: Sequence[int], count: int) -> Place | None:
-    """The place after a row-major reshape; None where the axis is torn apart."""
-    stride = place.inner * math.prod(old[place.dim + 1 :])
-    below = 1
-    for dim in reversed(range(len(new))):
-        above = below * new[dim]
-        if new[dim] > 1 and below <= stride < above:
-            fits = stride % below == 0 and above % (stride * count) == 0
-            return Place(dim, stride // below) if fits else None
-        below = above
-    return None if count > 1 or not len(new) else Place(0)
-
-
-def reshape_order(eqn: Any) -> Sequence[int] | None:
-    """The order that ``lax.reshape`` reads the axes of its operand in, where it is not theirs."""
-    return eqn.params["dimensions"] if eqn.primitive.name == "reshape" else None
+Axes: TypeAlias = Sequence[Any]  # BatchAxis or None, which each rule tells apart as it needs
+Rule: TypeAlias = Callable[[Equation, Axes, int], AxisInfo]
 
 
 def _names(text: str) -> frozenset[str]:
@@ -82,142 +47,135 @@ _WINDOWS = _names(
 )
 
 
-def _operand(eqn: Any, places: Sequence[AnyPlace]) -> Any:
-    """Place and shape of the first operand, the only one that may read the batch; else None."""
-    only_first = isinstance(places[0], Place) and all(place is None for place in places[1:])
-    return (places[0] if only_first else None), eqn.invars[0].aval.shape
+def _operand(eqn: Equation, axes: Sequence[AxisInfo]) -> tuple[Any, Sequence[int]]:
+    """Batch axis of the first operand, None unless it alone reads the batch; and its shape."""
+    only_first = isinstance(axes[0], BatchAxis) and all(batch is None for batch in axes[1:])
+    return (axes[0] if only_first else None), eqn.invars[0].aval.shape
 
 
-def _broadcast(eqn: Any, places: Any, count: int) -> AnyPlace:
-    place, _ = _operand(eqn, places)
-    return place and Place(eqn.params["broadcast_dimensions"][place.dim], place.inner)
+def _broadcast(eqn: Equation, axes: Axes, count: int) -> AxisInfo:
+    batch, _ = _operand(eqn, axes)
+    return batch and BatchAxis(eqn.params["broadcast_dimensions"][batch.dim], batch.inner)
 
 
-def _reshape(eqn: Any, places: Any, count: int) -> AnyPlace:
-    place, shape = _operand(eqn, places)
-    if place is not None and (order := reshape_order(eqn)) is not None:
-        place = Place(tuple(order).index(place.dim), place.inner)
+def _reshape(eqn: Equation, axes: Axes, count: int) -> AxisInfo:
+    batch, shape = _operand(eqn, axes)
+    if batch is not None and (order := reshape_order(eqn)) is not None:
+        batch = BatchAxis(tuple(order).index(batch.dim), batch.inner)
         shape = [shape[d] for d in order]
-    return place and reshaped(place, shape, eqn.outvars[0].aval.shape, count)
+    return batch and reshaped(batch, shape, eqn.outvars[0].aval.shape, count)
 
 
-def _transpose(eqn: Any, places: Any, count: int) -> AnyPlace:
-    place, _ = _operand(eqn, places)
-    return place and Place(eqn.params["permutation"].index(place.dim), place.inner)
+def _transpose(eqn: Equation, axes: Axes, count: int) -> AxisInfo:
+    batch, _ = _operand(eqn, axes)
+    return batch and BatchAxis(eqn.params["permutation"].index(batch.dim), batch.inner)
 
 
-def _reduce(eqn: Any, places: Any, count: int) -> AnyPlace:
-    place, _ = _operand(eqn, places)
-    axes = eqn.params["axes"]
-    if place is None or place.dim in axes:
+def _reduce(eqn: Equation, axes: Axes, count: int) -> AxisInfo:
+    batch, _ = _operand(eqn, axes)
+    reduced = eqn.params["axes"]
+    if batch is None or batch.dim in reduced:
         return None
-    return Place(place.dim - sum(axis < place.dim for axis in axes), place.inner)
+    return BatchAxis(batch.dim - sum(dim < batch.dim for dim in reduced), batch.inner)
 
 
-def _stack(eqn: Any, places: Any, count: int) -> AnyPlace:
+def _stack(eqn: Equation, axes: Axes, count: int) -> AxisInfo:
     """Operands of one shape along a new axis."""
-    joined: AnyPlace = None
-    for place in places:
-        joined = join(joined, place, "stack")
-    if not isinstance(joined, Place):
+    joined = join_all(axes, "stack")
+    if not isinstance(joined, BatchAxis):
         return joined
-    return Place(joined.dim + (eqn.params["axis"] <= joined.dim), joined.inner)
+    return BatchAxis(joined.dim + (eqn.params["axis"] <= joined.dim), joined.inner)
 
 
-def _unstack(eqn: Any, places: Any, count: int) -> AnyPlace:
-    place, _ = _operand(eqn, places)
+def _unstack(eqn: Equation, axes: Axes, count: int) -> AxisInfo:
+    batch, _ = _operand(eqn, axes)
     axis = eqn.params["axis"]
-    if place is None or place.dim == axis:
+    if batch is None or batch.dim == axis:
         return None
-    return Place(place.dim - (axis < place.dim), place.inner)
+    return BatchAxis(batch.dim - (axis < batch.dim), batch.inner)
 
 
-def _along(parameter: str) -> Any:
+def _along(parameter: str) -> Rule:
     """A primitive that mixes along one axis only; its array operands have one shape."""
 
-    def rule(eqn: Any, places: Any, count: int) -> AnyPlace:
-        joined: AnyPlace = None
-        for place in places:
-            joined = join(joined, place, eqn.primitive.name)
-        keeps = isinstance(joined, Place) and joined.dim != eqn.params[parameter]
+    def rule(eqn: Equation, axes: Axes, count: int) -> AxisInfo:
+        joined = join_all(axes, eqn.primitive.name)
+        keeps = isinstance(joined, BatchAxis) and joined.dim != eqn.params[parameter]
         return joined if keeps else None
 
     return rule
 
 
-def _window(eqn: Any, places: Any, count: int) -> AnyPlace:
-    place, _ = _operand(eqn, places)
+def _window(eqn: Equation, axes: Axes, count: int) -> AxisInfo:
+    batch, _ = _operand(eqn, axes)
     p = eqn.params
-    if place is None:
+    if batch is None:
         return None
-    one = lambda key: p.get(key) is None or p[key][place.dim] == 1
+    one = lambda key: p.get(key) is None or p[key][batch.dim] == 1
     keys = ("window_dimensions", "window_strides", "base_dilation", "window_dilation")
-    return place if all(map(one, keys)) and tuple(p["padding"][place.dim]) == (0, 0) else None
+    return batch if all(map(one, keys)) and tuple(p["padding"][batch.dim]) == (0, 0) else None
 
 
-def _slice(eqn: Any, places: Any, count: int) -> AnyPlace:
-    place, shape = _operand(eqn, places)
-    if place is None or eqn.outvars[0].aval.shape[place.dim] != shape[place.dim]:
+def _slice(eqn: Equation, axes: Axes, count: int) -> AxisInfo:
+    batch, shape = _operand(eqn, axes)
+    if batch is None or eqn.outvars[0].aval.shape[batch.dim] != shape[batch.dim]:
         return None
-    return place
+    return batch
 
 
-def _reverse(eqn: Any, places: Any, count: int) -> AnyPlace:
-    place, _ = _operand(eqn, places)
-    return None if place is None or place.dim in eqn.params["dimensions"] else place
+def _reverse(eqn: Equation, axes: Axes, count: int) -> AxisInfo:
+    batch, _ = _operand(eqn, axes)
+    return None if batch is None or batch.dim in eqn.params["dimensions"] else batch
 
 
-def _pad(eqn: Any, places: Any, count: int) -> AnyPlace:
-    place, _ = _operand(eqn, places)
-    return None if place is None or any(eqn.params["padding_config"][place.dim]) else place
+def _pad(eqn: Equation, axes: Axes, count: int) -> AxisInfo:
+    batch, _ = _operand(eqn, axes)
+    return None if batch is None or any(eqn.params["padding_config"][batch.dim]) else batch
 
 
-def _update_slice(eqn: Any, places: Any, count: int) -> AnyPlace:
-    place = join(places[0], places[1], "dynamic_update_slice")
-    if not isinstance(place, Place) or any(p is not None for p in places[2:]):
+def _update_slice(eqn: Equation, axes: Axes, count: int) -> AxisInfo:
+    batch = join(axes[0], axes[1], "dynamic_update_slice")
+    if not isinstance(batch, BatchAxis) or any(p is not None for p in axes[2:]):
         return None
-    whole = eqn.invars[0].aval.shape[place.dim] == eqn.invars[1].aval.shape[place.dim]
-    return place if whole else None
+    whole = eqn.invars[0].aval.shape[batch.dim] == eqn.invars[1].aval.shape[batch.dim]
+    return batch if whole else None
 
 
-def _dot_general(eqn: Any, places: Any, count: int) -> AnyPlace:
-    contract, batch = eqn.params["dimension_numbers"]
-    free: list[list[int]] = []
-    for side, var in enumerate(eqn.invars):
-        taken = (*contract[side], *batch[side])
-        free.append([d for d in range(var.aval.ndim) if d not in taken])
-    out: AnyPlace = None
-    for side, place in enumerate(places):
-        if place is None:
+def _dot_general(eqn: Equation, axes: Axes, count: int) -> AxisInfo:
+    _, paired = eqn.params["dimension_numbers"]
+    free = free_dimensions(eqn)
+    out: AxisInfo = None
+    for side, batch in enumerate(axes):
+        if batch is None:
             continue
-        if place.dim in batch[side]:
-            dim = list(batch[side]).index(place.dim)
-        elif place.dim in free[side]:
-            dim = len(batch[0]) + side * len(free[0]) + free[side].index(place.dim)
+        if batch.dim in paired[side]:
+            dim = list(paired[side]).index(batch.dim)
+        elif batch.dim in free[side]:
+            dim = len(paired[0]) + side * len(free[0]) + free[side].index(batch.dim)
         else:
             return None
-        out = join(out, Place(dim, place.inner), "dot_general")
+        out = join(out, BatchAxis(dim, batch.inner), "dot_general")
     return out
 
 
-def _convolution(eqn: Any, places: Any, count: int) -> AnyPlace:
-    place, _ = _operand(eqn, places)
+def _convolution(eqn: Equation, axes: Axes, count: int) -> AxisInfo:
+    batch, _ = _operand(eqn, axes)
     numbers = eqn.params["dimension_numbers"]
-    if place is None or place.dim != numbers.lhs_spec[0] or eqn.params["batch_group_count"] != 1:
+    if batch is None or batch.dim != numbers.lhs_spec[0] or eqn.params["batch_group_count"] != 1:
         return None
-    return Place(numbers.out_spec[0], place.inner)
+    return BatchAxis(numbers.out_spec[0], batch.inner)
 
 
-def _gather(eqn: Any, places: Any, count: int) -> AnyPlace:
-    operand, indices = places
+def _gather(eqn: Equation, axes: Axes, count: int) -> AxisInfo:
+    operand, indices = axes
     numbers, sizes = eqn.params["dimension_numbers"], eqn.params["slice_sizes"]
     rank = eqn.outvars[0].aval.ndim
     batch_dims = [d for d in range(rank) if d not in numbers.offset_dims]
-    out: AnyPlace = None
+    out: AxisInfo = None
     if indices is not None:
         if indices.dim == eqn.invars[1].aval.ndim - 1:
             return None
-        out = Place(batch_dims[indices.dim], indices.inner)
+        out = BatchAxis(batch_dims[indices.dim], indices.inner)
     if operand is not None:
         if operand.dim in numbers.operand_batching_dims:
             position = numbers.operand_batching_dims.index(operand.dim)
@@ -229,17 +187,17 @@ def _gather(eqn: Any, places: Any, count: int) -> AnyPlace:
             if operand.dim not in kept or not whole:
                 return None
             dim = numbers.offset_dims[kept.index(operand.dim)]
-        out = join(out, Place(dim, operand.inner), "gather")
+        out = join(out, BatchAxis(dim, operand.inner), "gather")
     return out
 
 
-def _top_k(eqn: Any, places: Any, count: int) -> AnyPlace:
-    place, shape = _operand(eqn, places)
+def _top_k(eqn: Equation, axes: Axes, count: int) -> AxisInfo:
+    batch, shape = _operand(eqn, axes)
     axis = eqn.params.get("axis", len(shape) - 1) % len(shape)
-    return None if place is None or place.dim == axis else place
+    return None if batch is None or batch.dim == axis else batch
 
 
-def _scatter(eqn: Any, places: Any, count: int) -> AnyPlace:
+def _scatter(eqn: Equation, axes: Axes, count: int) -> AxisInfo:
     """Updates of whole axes, and of each entry of a batching axis by its own."""
     numbers, (operand, _, updates) = eqn.params["dimension_numbers"], eqn.invars
     inserted, batching = numbers.inserted_window_dims, numbers.operand_batching_dims
@@ -254,55 +212,53 @@ def _scatter(eqn: Any, places: Any, count: int) -> AnyPlace:
             expected = (dim, None, in_updates[dim])
         else:
             continue
-        found = {place for place in places if place is not None}
-        fits = all(p is None or p.dim == d for p, d in zip(places, expected, strict=True))
-        if fits and len({place.inner for place in found}) == 1:
-            return Place(dim, found.pop().inner)
+        found = {batch for batch in axes if batch is not None}
+        fits = all(p is None or p.dim == d for p, d in zip(axes, expected, strict=True))
+        if fits and len({batch.inner for batch in found}) == 1:
+            return BatchAxis(dim, found.pop().inner)
     return None
 
 
-def _leading(trailing: Any) -> Any:
+def _leading(trailing: Callable[[Equation], int]) -> Rule:
     """A primitive of the last axes of its operands, ``trailing(eqn)`` of them, mapped over others.
 
     What it returns has the same leading axes.
     """
 
-    def rule(eqn: Any, places: Any, count: int) -> AnyPlace:
-        joined: AnyPlace = None
-        for place, var in zip(places, eqn.invars, strict=True):
-            if place is not None and place.dim >= var.aval.ndim - trailing(eqn):
+    def rule(eqn: Equation, axes: Axes, count: int) -> AxisInfo:
+        joined: AxisInfo = None
+        for batch, var in zip(axes, eqn.invars, strict=True):
+            if batch is not None and batch.dim >= var.aval.ndim - trailing(eqn):
                 return None
-            joined = join(joined, place, eqn.primitive.name)
-        return joined if isinstance(joined, Place) else None
+            joined = join(joined, batch, eqn.primitive.name)
+        return joined if isinstance(joined, BatchAxis) else None
 
     return rule
 
 
-def _triangular_solve(eqn: Any, places: Any, count: int) -> AnyPlace:
+def _triangular_solve(eqn: Equation, axes: Axes, count: int) -> AxisInfo:
     """Right-hand sides of one matrix are independent of each other."""
-    matrix, rhs = places
+    matrix, rhs = axes
     free = eqn.invars[1].aval.ndim - (1 if eqn.params["left_side"] else 2)
     if matrix is None and rhs is not None and rhs.dim == free:
         return rhs
-    return _leading(lambda eqn: 2)(eqn, places, count)
+    return _leading(lambda eqn: 2)(eqn, axes, count)
 
 
-def _tile(eqn: Any, places: Any, count: int) -> AnyPlace:
-    place, shape = _operand(eqn, places)
-    if place is None or (eqn.params["reps"][place.dim] > 1 and shape[place.dim] % count):
+def _tile(eqn: Equation, axes: Axes, count: int) -> AxisInfo:
+    batch, shape = _operand(eqn, axes)
+    if batch is None or (eqn.params["reps"][batch.dim] > 1 and shape[batch.dim] % count):
         return None
-    return place
+    return batch
 
 
-def _keys(eqn: Any, places: Any, count: int) -> AnyPlace:
-    """Random keys: what is drawn from each key stays at its place, with further axes behind."""
-    joined: AnyPlace = None
-    for place in places:
-        joined = join(joined, place, eqn.primitive.name)
-    return joined if isinstance(joined, Place) else None
+def _keys(eqn: Equation, axes: Axes, count: int) -> AxisInfo:
+    """Random keys: what is drawn from each key stays where it is, with further axes behind."""
+    joined = join_all(axes, eqn.primitive.name)
+    return joined if isinstance(joined, BatchAxis) else None
 
 
-RULES: dict[str, Any] = {
+RULES: dict[str, Rule] = {
     "broadcast_in_dim": _broadcast,
     "reshape": _reshape,
     "squeeze": _reshape,

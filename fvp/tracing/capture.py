@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
-import math
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import jax
 import jax.numpy as jnp
@@ -13,245 +12,259 @@ import numpy as np
 from jax import Array
 
 from fvp.heads import Head
-from fvp.numerics import widen
-from fvp.tracing.batch_axis_rules import Mixed, Place
+from fvp.numerics import widen, zeros_of
+from fvp.tracing.batch_axes import BatchAxis, Mixed
 from fvp.tracing.embedded import restrict
+from fvp.tracing.example_axes import ExampleAxes
 from fvp.tracing.interpreter import Interpreter
-from fvp.tracing.parameter_views import View
-from fvp.tracing.uses import Use
+from fvp.tracing.jaxprs import Jaxpr
+from fvp.tracing.parameter_views import ParameterView
+from fvp.tracing.uses import ParameterUse
 from fvp.tracing.values import Record, Value
+from fvp.typing import Batch, ModelFn, Params, PyTree
+
+if TYPE_CHECKING:
+    from jaxtyping import Float, Shaped
 
 
 @dataclasses.dataclass(frozen=True)
 class Capture:
-    """A model's layers at one batch. Lives inside one trace; not a pytree.
+    """A model's uses of its parameters at one batch. Lives inside one trace; not a pytree.
 
-    The batch axes of z along which the model treats its rows independently are *example* axes: a
-    cotangent of all examples at once back-propagates each example's own. Along the others rows meet
-    (the tokens of an attention layer), and every row needs a cotangent of its own.
+    The batch axes of z along which the model keeps its entries apart are *example* axes: a
+    cotangent of all examples at once back-propagates each example's own. Along the others entries
+    meet (the tokens of an attention layer), and each of them needs a cotangent of its own. The
+    letters E R G I O K are explained in `uses.py`.
 
     Attributes:
       z: output of the model.
       paths: the names of the parameter leaves.
       shapes: their shapes and dtypes.
-      uses: the uses that have a layer rule, in the order of evaluation.
-      lost: uses without, whose gradients only plain differentiation gives.
-      inputs: for each use, (E, R, G, inputs): examples, rows, groups; indices (E, R, G) of a
-        lookup; None for shifts and scales, whose input is one.
+      uses: the uses that a layer rule handles, in the order of evaluation.
+      unmatched: uses without a rule, whose gradients only plain differentiation gives.
+      inputs: for each use (E, R, G, I); indices (E, R, G) of a lookup; None for shifts and scales,
+        whose input is one.
       active: for each use in a branch of a conditional (E, R, G), 1 where it was taken, else 0;
         None for the others.
-      examples: batch axes of z that are example axes; E is the product of their lengths.
-      mixed: where examples met along the first batch axis, or None.
     """
 
     z: Array
     paths: tuple[str, ...]
     shapes: tuple[jax.ShapeDtypeStruct, ...]
-    structure: Any
-    uses: tuple[Use, ...]
-    lost: tuple[Use, ...]
-    inputs: tuple[Any, ...]
-    active: tuple[Any, ...]
-    examples: tuple[int, ...]
-    mixed: Mixed | None
-    _counts: tuple[int, ...]
-    _pullback: Callable[[Array], Any]
-    _factors: tuple[Any, ...]
+    structure: jax.tree_util.PyTreeDef
+    uses: tuple[ParameterUse, ...]
+    unmatched: tuple[ParameterUse, ...]
+    inputs: tuple[Shaped[Array, "E R G ..."] | None, ...]
+    active: tuple[Float[Array, "E R G"] | None, ...]
+    _axes: ExampleAxes
+    _transpose: Callable[[Array], Any]  # a cotangent like z -> those of the uses' outputs
+    _factors: tuple[Array | None, ...]  # what each scale multiplies; None for the other uses
+
+    @property
+    def examples(self) -> tuple[int, ...]:
+        """The batch axes of z that are example axes; E is the product of their lengths."""
+        return self._axes.kept
+
+    @property
+    def mixed(self) -> Mixed | None:
+        """Where examples met along the first batch axis, or None."""
+        return self._axes.mixed
 
     @property
     def batch_shape(self) -> tuple[int, ...]:
         """The batch axes of z."""
-        return self._counts
+        return self._axes.counts
 
-    def outputs(self, cotangents: Array) -> list[Array]:
-        """Cotangents (K, like z) -> for each use (K, E, R, G, outputs), in float32 or wider.
+    def outputs(self, cotangents: Float[Array, "K ..."]) -> list[Float[Array, "K E R G O"]]:
+        """Cotangents of z -> those of the output of each use, in float32 or wider.
 
-        Shifts and scales come summed over their rows: their gradient itself, R = 1.
+        Shifts and scales come summed over R: their gradient itself, with R = 1.
         """
-        taps = jax.vmap(self._pullback)(cotangents.astype(self.z.dtype))
+        perturbations = jax.vmap(self._transpose)(cotangents.astype(self.z.dtype))
         outputs = []
-        for use, factor, tap in zip(self.uses, self._factors, taps, strict=True):
-            tap = widen(tap)
+        for use, factor, delta in zip(self.uses, self._factors, perturbations, strict=True):
+            delta = widen(delta)
             if factor is not None:
-                tap = tap * widen(factor)
-            read = lambda y, use=use: rows_of(
-                use, use.read_output, y, self.examples, self._counts, 2
-            )
-            rows = jax.vmap(read)(tap)
-            if use.kind in ("shift", "scale"):
-                rows = rows.sum(2, keepdims=True)
-                rows = rows * _view_factor(use)
+                delta = delta * widen(factor)
+            arrange = lambda y, use=use: self._axes.arrange(use, use.read_output, y, 2)
+            delta = jax.vmap(arrange)(delta)
+            if use.is_elementwise:
+                delta = delta.sum(2, keepdims=True) * _elementwise_factor(use)
             elif use.view.factor is not None:
-                rows = rows * jnp.asarray(use.view.factor).reshape(())
-            outputs.append(rows)
+                delta = delta * jnp.asarray(use.view.factor).reshape(())
+            outputs.append(delta)
         return outputs
 
-    def unflatten(self, leaves: Sequence[Any]) -> Any:
+    def unflatten(self, leaves: Sequence[Any]) -> PyTree:
         """A tree like the parameters."""
         return jax.tree.unflatten(self.structure, list(leaves))
 
 
 def capture(
-    model_fn: Callable[[Any, Any], Array], head: Head, params: Any, batch: Any, batch_axes: Any = 0
+    model_fn: ModelFn, head: Head, params: Params, batch: Batch, batch_axes: PyTree = 0
 ) -> Capture:
-    """Traces ``model_fn`` and evaluates it once, with a tap at every use of every parameter."""
-    leaves, structure = jax.tree.flatten(params)
-    inputs, batch_structure = jax.tree.flatten(batch)
+    """Traces ``model_fn`` and evaluates it once, with a perturbation at every use of a parameter.
 
-    def flat_model(leaves: Any, inputs: Any) -> Any:
-        params = jax.tree.unflatten(structure, leaves)
-        return model_fn(params, jax.tree.unflatten(batch_structure, inputs))
-
-    closed, out = jax.make_jaxpr(flat_model, return_shape=True)(leaves, inputs)
-    head.check_outputs(out)
-    counts = head.batch_shape(out)
-    places = _seeds(batch, batch_axes, counts)
-
-    def evaluate(taps: Any) -> tuple[Value, list[Record]]:
-        interpreter = Interpreter(counts, taps)
-        nowhere = (None,) * len(counts)
-        values = [
-            Value(leaf, nowhere, (View.of(i, leaf.shape),) if leaf.size else ())
-            for i, leaf in enumerate(leaves)
-        ]
-        values += [Value(x, place) for x, place in zip(inputs, places, strict=True)]
-        (z,) = interpreter.run(closed.jaxpr, closed.consts, values)
-        if z.views:  # the batch has no part in it: every row is the same function of parameters
-            everywhere = tuple(map(Place, range(len(counts))))
-            z = interpreter.materialize(z, "the model's output", everywhere)
-        for record in interpreter.records:
-            restrict(record.use, leaves[record.use.view.leaf].shape)
-        return z, interpreter.records
-
-    found: list[Any] = []
-
-    def shapes_only() -> None:
-        found[:] = evaluate(None)
-
-    jax.eval_shape(shapes_only)
-    uses = [record.use for record in found[1]]
-    examples, mixed = _example_axes(found[0], uses, counts)
-    zeros = [_tap(use) for use in uses]
-
-    def tapped(taps: Any) -> Any:
-        z, records = evaluate(taps)
-        found[:] = z, [record.use for record in records]
-        return z.x, [(record.operand, record.active) for record in records]
-
-    z, pullback, recorded = jax.vjp(tapped, zeros, has_aux=True)
-    uses = found[1]
-    ruled = [i for i, use in enumerate(uses) if _has_rule(use, examples)]
-    lost = [u for i, u in enumerate(uses) if i not in ruled and u.kind != "nothing"]
-    served = [(uses[i], *recorded[i]) for i in ruled]
-
-    def pull(cotangent: Array) -> Any:
-        (taps,) = pullback(cotangent)
-        return [taps[i] for i in ruled]
-
-    def canonical(use: Use, operand: Any) -> Any:
-        if use.kind in ("shift", "scale"):
-            return None
-        return rows_of(use, use.read_input, operand, examples, counts, 1 + (use.kind != "lookup"))
-
-    def activity(use: Use, active: Any) -> Any:
-        if active is None:
-            return None
-        shape = jax.eval_shape(use.read_output, jax.ShapeDtypeStruct(use.shape, use.dtype)).shape
-        everywhere = lambda active: jnp.broadcast_to(active, shape[:-1])
-        return rows_of(use, everywhere, active, examples, counts, 1)
-
+    Twice, in fact: the first time abstractly, for the shapes of the perturbations.
+    """
+    program = _Program.of(model_fn, head, params, batch, batch_axes)
+    z, uses = program.uses()
+    axes = ExampleAxes.of(z, uses, program.counts)
+    output, transpose, records = program.linearized(uses)
+    handled = [i for i, record in enumerate(records) if axes.handles(record.use)]
+    unmatched = [record.use for i, record in enumerate(records) if i not in handled]
+    take = lambda found: [found[i] for i in handled]
+    kept = take(records)
     named = jax.tree_util.tree_leaves_with_path(params)
     return Capture(
-        z=z,
+        z=output,
         paths=tuple("params" + jax.tree_util.keystr(path) for path, _ in named),
-        shapes=tuple(jax.ShapeDtypeStruct(leaf.shape, leaf.dtype) for leaf in leaves),
-        structure=structure,
-        uses=tuple(use for use, _, _ in served),
-        lost=tuple(lost),
-        inputs=tuple(canonical(use, operand) for use, operand, _ in served),
-        active=tuple(activity(use, active) for use, _, active in served),
-        examples=examples,
-        mixed=mixed,
-        _counts=tuple(counts),
-        _pullback=pull,
-        _factors=tuple(x if use.kind == "scale" else None for use, x, _ in served),
+        shapes=tuple(jax.ShapeDtypeStruct(leaf.shape, leaf.dtype) for leaf in program.leaves),
+        structure=jax.tree.structure(params),
+        uses=tuple(record.use for record in kept),
+        unmatched=tuple(use for use in unmatched if use.kind != "nothing"),
+        inputs=tuple(_inputs(axes, record) for record in kept),
+        active=tuple(_activity(axes, record) for record in kept),
+        _axes=axes,
+        _transpose=lambda cotangent: take(transpose(cotangent)),
+        _factors=tuple(r.operand if r.use.kind == "scale" else None for r in kept),
     )
 
 
-def _seeds(batch: Any, batch_axes: Any, counts: Sequence[int]) -> list[tuple[Any, ...]]:
+@dataclasses.dataclass(frozen=True)
+class _Program:
+    """A traced model and its arguments.
+
+    Attributes:
+      jaxpr: of the model, closed, as a function of ``leaves`` and ``inputs``.
+      leaves: those of the parameters.
+      inputs: the leaves of the batch.
+      entries: for each of them where the batch axes of z are.
+      counts: the lengths of the batch axes of z.
+    """
+
+    jaxpr: Jaxpr
+    leaves: list[Array]
+    inputs: list[Any]
+    entries: list[tuple[BatchAxis | None, ...]]
+    counts: tuple[int, ...]
+
+    @classmethod
+    def of(
+        cls, model_fn: ModelFn, head: Head, params: Params, batch: Batch, batch_axes: PyTree
+    ) -> _Program:
+        """Traces ``model_fn``."""
+        leaves, structure = jax.tree.flatten(params)
+        inputs, batch_structure = jax.tree.flatten(batch)
+
+        def flat_model(leaves: list[Any], inputs: list[Any]) -> Any:
+            params = jax.tree.unflatten(structure, leaves)
+            return model_fn(params, jax.tree.unflatten(batch_structure, inputs))
+
+        jaxpr, out = jax.make_jaxpr(flat_model, return_shape=True)(leaves, inputs)
+        head.check_outputs(out)
+        counts = tuple(head.batch_shape(out))
+        return cls(jaxpr, leaves, inputs, _entries(batch, batch_axes, counts), counts)
+
+    def evaluate(self, perturbations: Sequence[Array] | None) -> tuple[Value, list[Record]]:
+        """The output z, with these added to the outputs of the uses, and the uses' records."""
+        interpreter = Interpreter(self.counts, perturbations)
+        nowhere = (None,) * len(self.counts)
+        values = [
+            Value(leaf, nowhere, (ParameterView.of(i, leaf.shape),) if leaf.size else ())
+            for i, leaf in enumerate(self.leaves)
+        ]
+        values += [Value(x, axes) for x, axes in zip(self.inputs, self.entries, strict=True)]
+        (z,) = interpreter.run(self.jaxpr.jaxpr, self.jaxpr.consts, values)
+        if z.views:  # a function of parameters alone: the same for every example
+            everywhere = tuple(map(BatchAxis, range(len(self.counts))))
+            z = interpreter.materialize(z, "the model's output", everywhere)
+        for record in interpreter.records:
+            restrict(record.use, self.leaves[record.use.view.leaf].shape)
+        return z, interpreter.records
+
+    def uses(self) -> tuple[Value, list[ParameterUse]]:
+        """What is known of the output, and the uses, by shapes alone."""
+        found: list[Any] = []
+
+        def abstractly() -> None:
+            found[:] = self.evaluate(None)
+
+        jax.eval_shape(abstractly)
+        z, records = found
+        return z, [record.use for record in records]
+
+    def linearized(
+        self, uses: Sequence[ParameterUse]
+    ) -> tuple[Array, Callable[[Array], list[Any]], list[Record]]:
+        """The output; its transposed derivative in the perturbations of ``uses``; the records."""
+        found: list[ParameterUse] = []
+
+        def perturbed(perturbations: Any) -> Any:
+            z, records = self.evaluate(perturbations)
+            found[:] = [record.use for record in records]
+            return z.x, [(record.operand, record.active) for record in records]
+
+        zeros = [_zero_perturbation(use) for use in uses]
+        output, vjp, recorded = jax.vjp(perturbed, zeros, has_aux=True)
+        records = [Record(use, *pair) for use, pair in zip(found, recorded, strict=True)]
+        return output, lambda cotangent: vjp(cotangent)[0], records
+
+
+def _entries(
+    batch: Batch, batch_axes: PyTree, counts: Sequence[int]
+) -> list[tuple[BatchAxis | None, ...]]:
     """Where the batch axes of z are in the leaves of the batch; None where a leaf has none.
 
-    A leaf that only happens to have an axis of that length does no harm: what it enters then mixes
-    or has its rows, and either is checked on the way to z.
+    A leaf that only happens to have an axis of that length does no harm: whether examples stay
+    apart is checked on the way to z.
     """
+    is_none = lambda axis: axis is None
+    spread = lambda axis, part: [axis] * len(jax.tree.leaves(part))
     axes = jax.tree.leaves(
-        jax.tree.map(
-            lambda axis, part: [axis] * len(jax.tree.leaves(part)),
-            batch_axes,
-            batch,
-            is_leaf=lambda axis: axis is None,
-        ),
-        is_leaf=lambda axis: axis is None,
+        jax.tree.map(spread, batch_axes, batch, is_leaf=is_none), is_leaf=is_none
     )
-    places = []
+    found = []
     for leaf, axis in zip(jax.tree.leaves(batch), axes, strict=True):
-        shape, row = jnp.shape(leaf), []
+        shape, entries = jnp.shape(leaf), []
         for number, count in enumerate(counts):
+            # Further batch axes follow the first where that leads.
             dim = axis if number == 0 else (None if axis not in (0, None) else number)
             if dim is None or not -len(shape) <= dim < len(shape) or shape[dim] != count:
-                row.append(None)
+                entries.append(None)
             else:
-                row.append(Place(dim % len(shape)))
-        places.append(tuple(row))
-    return places
+                entries.append(BatchAxis(dim % len(shape)))
+        found.append(tuple(entries))
+    return found
 
 
-def _example_axes(z: Value, uses: Sequence[Use], counts: Sequence[int]) -> Any:
-    """The batch axes along which rows stay apart, and what mixed the first, if it is not one."""
-    kept = []
-    for axis in range(len(counts)):
-        place = z.places[axis]
-        apart = counts[axis] == 1 or place is None or place == Place(axis)
-        ruled = [use for use in uses if _is_layer(use)]
-        if axis and not all(_row_place(use, axis) for use in ruled):
-            apart = False
-        if apart and (axis == 0 or kept):
-            kept.append(axis)
-    if counts[0] == 1 or 0 in kept:
-        # One example needs no axis: everything that happens is within it.
-        return tuple(axis for axis in kept if counts[axis] > 1), None
-    place = z.places[0]
-    return (), place if isinstance(place, Mixed) else Mixed("the model's output")
-
-
-def _row_place(use: Use, axis: int) -> Place | None:
-    """Where the examples along a batch axis are among the rows of a use; None if they are not."""
-    place = use.places[axis]
-    if not isinstance(place, Place):
-        return None
-    if place.dim < 0:
-        return place if use.scans[place.dim][0] == "shared" else None
-    return place if place.dim in use.rows else None
-
-
-def _is_layer(use: Use) -> bool:
-    """Whether there is a layer rule for this kind of use."""
-    return use.kind not in ("other", "partial", "nothing")
-
-
-def _has_rule(use: Use, examples: Sequence[int]) -> bool:
-    return use.kind not in ("other", "nothing") and all(
-        _row_place(use, axis) is not None for axis in examples
-    )
-
-
-def _tap(use: Use) -> Any:
+def _zero_perturbation(use: ParameterUse) -> Any:
+    """The zero that is added to the output of a use, in all steps of the scans around it."""
     if use.kind == "other":
         return ()
-    return jnp.zeros((*(length for _, length in use.scans), *use.shape), use.dtype)
+    shape = (*(length for _, length in use.scans), *use.shape)
+    return zeros_of(jax.ShapeDtypeStruct(shape, use.dtype))
 
 
-def _view_factor(use: Use) -> Any:
+def _inputs(axes: ExampleAxes, record: Record) -> Array | None:
+    """The other operand of a use, as (E, R, G, I); indices (E, R, G) of a lookup."""
+    use = record.use
+    if use.is_elementwise:
+        return None
+    return axes.arrange(use, use.read_input, record.operand, 1 + (use.kind != "lookup"))
+
+
+def _activity(axes: ExampleAxes, record: Record) -> Array | None:
+    """Whether a use in a branch of a conditional took place, as (E, R, G)."""
+    use = record.use
+    if record.active is None:
+        return None
+    shape = jax.eval_shape(use.read_output, jax.ShapeDtypeStruct(use.shape, use.dtype)).shape
+    everywhere = lambda active: jnp.broadcast_to(active, shape[:-1])
+    return axes.arrange(use, everywhere, record.active, 1)
+
+
+def _elementwise_factor(use: ParameterUse) -> Any:
     """The factor of a shift's or scale's view as (stacks x groups, outputs)."""
     factor = use.view.factor
     if factor is None:
@@ -264,43 +277,3 @@ def _view_factor(use: Use) -> Any:
     groups = core.transpose([d for part in use.parts for d in part]).reshape(-1, whole[2])
     groups = jnp.tile(groups, (whole[0] // groups.shape[0], 1))
     return groups if use.kept is None else groups[np.ix_(use.kept[0], use.kept[2])]
-
-
-def rows_of(
-    use: Use,
-    read: Callable[[Array], Array],
-    x: Array,
-    examples: Sequence[int],
-    counts: Sequence[int],
-    trailing: int,
-) -> Array:
-    """``read`` of every scan step, as (E, R, G, ...): ``trailing`` axes, groups first."""
-    for _ in use.scans:
-        read = jax.vmap(read)
-    x = read(x)
-    stacked = [i for i, (kind, _) in enumerate(use.scans) if kind == "stacked"]
-    shared = [i for i, (kind, _) in enumerate(use.scans) if kind == "shared"]
-    first, last = len(use.scans), x.ndim - trailing
-    x = x.transpose(*shared, *range(first, last), *stacked, *range(last, x.ndim))
-    rows, groups = (
-        x.shape[: len(shared) + len(use.rows)],
-        x.shape[len(x.shape) - trailing - len(stacked) :],
-    )
-    shape, where = [], {}
-    for number, size in enumerate(rows):
-        inside = number >= len(shared)
-        dim = use.rows[number - len(shared)] if inside else shared[number] - len(use.scans)
-        places = [(_row_place(use, axis), axis) for axis in examples]
-        here = [(place.inner, axis) for place, axis in places if place and place.dim == dim]
-        for inner, axis in sorted(here, reverse=True):
-            shape.append(size // (counts[axis] * inner))
-            where[axis] = len(shape)
-            shape.append(counts[axis])
-            size = inner
-        shape.append(size)
-    x = x.reshape(*shape, math.prod(groups[: len(stacked) + 1]), *groups[len(stacked) + 1 :])
-    front = [where[axis] for axis in examples]
-    others = [d for d in range(len(shape)) if d not in front]
-    x = x.transpose(*front, *others, *range(len(shape), x.ndim))
-    count = math.prod(counts[axis] for axis in examples)
-    return x.reshape(count, -1, *x.shape[len(shape) :])

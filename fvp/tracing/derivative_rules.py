@@ -36,8 +36,8 @@ def rule_is_of_body(eqn: Any, body: Any, operands: Sequence[Any], varies: Sequen
 
     @jax.jit
     def agree(arguments: list[Array], cotangents: list[Array]) -> Array:
-        own = _pulled_back(lambda *xs: bind(eqn, xs), arguments, cotangents, varies)
-        plain = _pulled_back(jaxpr_as_fun(body), arguments, cotangents, varies)
+        own = _transpose_products(lambda *xs: bind(eqn, xs), arguments, cotangents, varies)
+        plain = _transpose_products(jaxpr_as_fun(body), arguments, cotangents, varies)
         pairs = []
         for a, b in zip(own, plain, strict=True):
             usable = jnp.isfinite(b)
@@ -82,13 +82,13 @@ def _sample(
     return jnp.asarray(scale * (np.abs(values) + 0.5 if positive else values), aval.dtype)
 
 
-def _pulled_back(
+def _transpose_products(
     function: Callable[..., Sequence[Array]],
     arguments: list[Array],
     cotangents: list[Array],
     varies: Sequence[bool],
 ) -> list[Array]:
-    """The cotangents of a function's floating outputs, pulled back to its variables."""
+    """J^T times the cotangents of the floating outputs, for J in the arguments that vary."""
 
     def outputs(variables: list[Array]) -> list[Array]:
         rest, pairs = iter(variables), zip(arguments, varies, strict=True)
@@ -96,5 +96,5 @@ def _pulled_back(
         return [y for y in out if _is_float(y)]
 
     variables = [x for x, variable in zip(arguments, varies, strict=True) if variable]
-    _, pullback = jax.vjp(outputs, variables)
-    return pullback(cotangents)[0]
+    _, vjp = jax.vjp(outputs, variables)
+    return vjp(cotangents)[0]

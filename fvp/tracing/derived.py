@@ -10,11 +10,11 @@ from collections.abc import Sequence
 from typing import Any
 
 from fvp.compatibility import bind
-from fvp.tracing.parameter_views import Function, View
+from fvp.tracing.parameter_views import Function, ParameterView
 from fvp.tracing.values import Node, Value
 
 
-def derived(value: Value) -> tuple[View, ...] | None:
+def derived(value: Value) -> tuple[ParameterView, ...] | None:
     """The views that ``value`` is, one for each parameter it was computed from.
 
     None where it depends on something that differs from step to step of a scan and is no slice of

@@ -1,7 +1,7 @@
 """A parameter on its way to a use: reshaped, cut, embedded, scaled, broadcast, or any function.
 
-A view is how a value that does not depend on the batch depends on one leaf. The way back, for
-gradients, is the transposed derivative, step by step.
+A parameter view is how a value that does not depend on the batch depends on one leaf. Gradients go
+back by its transposed derivative, step by step.
 """
 
 from __future__ import annotations
@@ -13,7 +13,9 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax import Array
 
+Shape = tuple[int, ...]
 Window = tuple[tuple[int | None, int | None, int], ...]  # start, stop and step on each axis
 
 
@@ -28,29 +30,29 @@ class Function:
       names: the primitives that it consists of.
     """
 
-    function: Callable[..., Any]
-    points: tuple[Any, ...]
+    function: Callable[..., Array]
+    points: tuple[Array, ...]
     index: int
     names: tuple[str, ...]
 
-    def pull(self, cotangent: Any, lead: int, stacks: int) -> Any:
-        """Pulls back ``cotangent``, behind ``lead`` further axes and those of the stacks."""
+    def transpose(self, cotangents: Array, lead: int, stacks: int) -> Array:
+        """The transposed derivative, behind ``lead`` further axes and those of the stacks."""
 
-        def pull(points: Any, cotangents: Any) -> Any:
+        def at(points: tuple[Array, ...], cotangents: Array) -> Array:
             before, (point, *after) = points[: self.index], points[self.index :]
-            value, pullback = jax.vjp(lambda x: self.function(*before, x, *after), point)
-            one = lambda cotangent: pullback(cotangent.astype(value.dtype))[0]
+            value, vjp = jax.vjp(lambda x: self.function(*before, x, *after), point)
+            transpose = lambda cotangent: vjp(cotangent.astype(value.dtype))[0]
             for _ in range(lead):
-                one = jax.vmap(one)
-            return one(cotangents)
+                transpose = jax.vmap(transpose)
+            return transpose(cotangents)
 
         for _ in range(stacks):
-            pull = jax.vmap(pull, in_axes=(0, lead), out_axes=lead)
-        return pull(self.points, cotangent).astype(cotangent.dtype)
+            at = jax.vmap(at, in_axes=(0, lead), out_axes=lead)
+        return at(self.points, cotangents).astype(cotangents.dtype)
 
 
 @dataclasses.dataclass(frozen=True)
-class View:
+class ParameterView:
     """The part of a value that is a function of parameter leaf number ``leaf``.
 
     Attributes:
@@ -66,14 +68,14 @@ class View:
     """
 
     leaf: int
-    shape: tuple[int, ...]
+    shape: Shape
     ops: tuple[Any, ...] = ()
     dims: tuple[int | None, ...] = ()
     stacks: int = 0
     factor: Any = None
 
     @classmethod
-    def of(cls, leaf: int, shape: tuple[int, ...]) -> View:
+    def of(cls, leaf: int, shape: Shape) -> ParameterView:
         """The leaf itself."""
         return cls(leaf, shape, dims=tuple(range(len(shape))))
 
@@ -92,7 +94,7 @@ class View:
         """Whether the value is the core itself: no axis repeated or moved since."""
         return self.dims == tuple(range(len(self.shape)))
 
-    def then(self, op: Any, shape: tuple[int, ...]) -> View:
+    def then(self, op: Any, shape: Shape) -> ParameterView:
         """One more step of the core."""
         factor = self.factor
         if factor is not None and jnp.ndim(factor):
@@ -100,12 +102,12 @@ class View:
         dims = tuple(range(len(shape)))
         return dataclasses.replace(self, ops=(*self.ops, op), shape=shape, dims=dims, factor=factor)
 
-    def unstacked(self) -> View:
+    def unstacked(self) -> ParameterView:
         """One slice of the leading axis, as a scan over the value sees it."""
         view = self.absorbed().then(("unstack", self.shape[0]), self.shape[1:])
         return dataclasses.replace(view, stacks=self.stacks + 1)
 
-    def spread(self, old: tuple[int, ...], new: tuple[int, ...]) -> View:
+    def spread(self, old: Shape, new: Shape) -> ParameterView:
         """The value repeated along its axes of length one, as elementwise primitives do."""
         if old == new:
             return self
@@ -115,12 +117,12 @@ class View:
         dims = tuple(dim if before == after else None for dim, before, after in pairs)
         return dataclasses.replace(self, dims=dims)
 
-    def scaled(self, factor: Any) -> View:
+    def scaled(self, factor: Any) -> ParameterView:
         """The value times ``factor``, which broadcasts to the core."""
         factor = factor if self.factor is None else self.factor * factor
         return dataclasses.replace(self, factor=factor)
 
-    def absorbed(self) -> View:
+    def absorbed(self) -> ParameterView:
         """The same with the factor as one of the steps."""
         if self.factor is None:
             return self
@@ -128,7 +130,7 @@ class View:
         ops = (*self.ops, ("times", factor))
         return dataclasses.replace(self, ops=ops, factor=None)
 
-    def push(self, leaf: Any) -> Any:
+    def core(self, leaf: Any) -> Any:
         """The core, with the stacked axes in front, out of a leaf; without what multiplies it."""
         stacks = 0
         for op in self.ops:
@@ -138,8 +140,8 @@ class View:
                 leaf = forward(op, leaf, stacks)
         return leaf
 
-    def pull(self, core: Any, *, squared: bool = False) -> Any:
-        """The transposed derivative of :meth:`push`; further axes in front are carried along.
+    def transpose(self, core: Any, *, squared: bool = False) -> Any:
+        """The transposed derivative of :meth:`core`, of the leaf's shape behind any further axes.
 
         With ``squared`` that of entries that are squares of gradients: none may meet on the way.
         """
@@ -151,11 +153,11 @@ class View:
             elif op[0] == "times":
                 core = core * (op[1] ** 2 if squared else op[1]).astype(core.dtype)
             else:
-                core = _backward(op, core, lead, stacks)
+                core = _transposed(op, core, lead, stacks)
         return core
 
 
-def broadcast(x: Any, shape: tuple[int, ...]) -> Any:
+def broadcast(x: Any, shape: Shape) -> Any:
     """``x`` over ``shape``; NumPy stays NumPy, which inside of a scan's body is no part of it."""
     return (jnp if isinstance(x, jax.Array) else np).broadcast_to(x, shape)
 
@@ -176,10 +178,10 @@ def forward(op: Any, x: Any, lead: int = 0) -> Any:
     raise TypeError(f"a core after {kind!r} is no linear image of the leaf")
 
 
-def _backward(op: Any, x: Any, lead: int, stacks: int) -> Any:
+def _transposed(op: Any, x: Any, lead: int, stacks: int) -> Any:
     kind, axes = op[0], lead + stacks
     if kind == "function":
-        return op[1].pull(x, lead, stacks)
+        return op[1].transpose(x, lead, stacks)
     if kind == "reshape":
         return x.reshape(x.shape[:axes] + op[1])
     if kind == "transpose":
@@ -195,7 +197,7 @@ def _cut(x: Any, window: Window, lead: int) -> Any:
     return x[(slice(None),) * lead + tuple(slice(*bounds) for bounds in window)]
 
 
-def _embedded(x: Any, shape: tuple[int, ...], window: Window, lead: int) -> Any:
+def _embedded(x: Any, shape: Shape, window: Window, lead: int) -> Any:
     """Zeros of ``shape`` with ``x`` in a window of them, behind ``lead`` axes."""
     where = (slice(None),) * lead + tuple(slice(*bounds) for bounds in window)
     if isinstance(x, np.ndarray):

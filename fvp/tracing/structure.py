@@ -4,43 +4,65 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Callable, Sequence
+from typing import Any, TypeAlias
 
 import jax.numpy as jnp
 
-from fvp.tracing.batch_axis_rules import reshape_order
-from fvp.tracing.parameter_views import View, Window, broadcast
+from fvp.tracing.jaxprs import Equation, reshape_order
+from fvp.tracing.parameter_views import ParameterView, Shape, Window, broadcast
+
+Views: TypeAlias = list[ParameterView] | None  # one for each output, or None: no rearrangement
+Bounds: TypeAlias = tuple[int | None, int | None, int]  # start, stop and step
 
 _SAME = ("copy", "copy_p", "name", "pvary", "pcast", "sharding_constraint", "reshard")
 _ROUNDED = ("convert_element_type", "reduce_precision")
 _SUMS = ("add", "sub", "add_any")
 
 
-def structural(eqn: Any, position: int, view: View, others: Sequence[Any]) -> list[View] | None:
-    """The views that the outputs of ``eqn`` are of its operand number ``position``.
+@dataclasses.dataclass(frozen=True)
+class Operand:
+    """Operand number ``position`` of an equation, of which ``view`` is known."""
+
+    eqn: Equation
+    position: int
+    view: ParameterView
+
+    @property
+    def old(self) -> Shape:
+        """Its shape."""
+        return self.eqn.invars[self.position].aval.shape
+
+    @property
+    def new(self) -> Shape:
+        """The shape of the first output."""
+        return self.eqn.outvars[0].aval.shape
+
+
+def structural(operand: Operand, others: Sequence[Any]) -> Views:
+    """The views that the outputs of an equation are of ``operand``.
 
     None where it does more than rearrange. ``others`` are the other operands where they are
     constants, neither parameter nor batch, and None where they are not.
     """
-    name, old = eqn.primitive.name, eqn.invars[position].aval.shape
-    new = eqn.outvars[0].aval.shape
+    name, view = operand.eqn.primitive.name, operand.view
     if name in _SAME or name in _ROUNDED:
         return [view]
     if name in _RULES:
-        return _RULES[name](eqn, position, view, old, new)
+        return _RULES[name](operand)
     if name == "neg":
         return [view.scaled(-1)]
     if name in _SUMS:
-        view = view.scaled(-1) if name == "sub" and position == 1 else view
-        return [view.spread(old, new)]
-    if name == "mul" or (name == "div" and position == 0):
-        return _multiplied(view, old, new, others[0], divide=name == "div")
+        view = view.scaled(-1) if name == "sub" and operand.position == 1 else view
+        return [view.spread(operand.old, operand.new)]
+    if name == "mul" or (name == "div" and operand.position == 0):
+        return _multiplied(operand, others[0], divide=name == "div")
     return None
 
 
-def _reshape(eqn: Any, position: int, view: View, old: Any, new: Any) -> list[View] | None:
-    if (order := reshape_order(eqn)) is not None:
+def _reshape(operand: Operand) -> Views:
+    view, old, new = operand.view, operand.old, operand.new
+    if (order := reshape_order(operand.eqn)) is not None:
         view, old = _permuted(view, order), tuple(old[d] for d in order)
     if view.pure:
         return [view.then(("reshape", old, new), new)]
@@ -53,82 +75,84 @@ def _reshape(eqn: Any, position: int, view: View, old: Any, new: Any) -> list[Vi
     return [dataclasses.replace(view, dims=dims)]
 
 
-def _transpose(eqn: Any, position: int, view: View, old: Any, new: Any) -> list[View]:
-    return [_permuted(view, eqn.params["permutation"])]
+def _transpose(operand: Operand) -> Views:
+    return [_permuted(operand.view, operand.eqn.params["permutation"])]
 
 
-def _permuted(view: View, order: Sequence[int]) -> View:
+def _permuted(view: ParameterView, order: Sequence[int]) -> ParameterView:
     if view.pure:
         return view.then(("transpose", tuple(order)), tuple(view.shape[d] for d in order))
     return dataclasses.replace(view, dims=tuple(view.dims[d] for d in order))
 
 
-def _broadcast(eqn: Any, position: int, view: View, old: Any, new: Any) -> list[View]:
-    dims: list[int | None] = [None] * len(new)
-    for source, target in enumerate(eqn.params["broadcast_dimensions"]):
-        if old[source] == new[target]:
-            dims[target] = view.dims[source]
-    return [dataclasses.replace(view, dims=tuple(dims))]
+def _broadcast(operand: Operand) -> Views:
+    dims: list[int | None] = [None] * len(operand.new)
+    for source, target in enumerate(operand.eqn.params["broadcast_dimensions"]):
+        if operand.old[source] == operand.new[target]:
+            dims[target] = operand.view.dims[source]
+    return [dataclasses.replace(operand.view, dims=tuple(dims))]
 
 
-def _slice(eqn: Any, position: int, view: View, old: Any, new: Any) -> list[View]:
-    p = eqn.params
-    strides = p["strides"] or (1,) * len(old)
-    return [_cut(view, tuple(zip(p["start_indices"], p["limit_indices"], strides, strict=True)))]
+def _slice(operand: Operand) -> Views:
+    p = operand.eqn.params
+    strides = p["strides"] or (1,) * len(operand.old)
+    window = tuple(zip(p["start_indices"], p["limit_indices"], strides, strict=True))
+    return [_cut(operand.view, window)]
 
 
-def _reverse(eqn: Any, position: int, view: View, old: Any, new: Any) -> list[View]:
-    back = eqn.params["dimensions"]
-    return [_cut(view, tuple((None, None, -1 if d in back else 1) for d in range(len(old))))]
+def _reverse(operand: Operand) -> Views:
+    back = operand.eqn.params["dimensions"]
+    steps = [-1 if d in back else 1 for d in range(len(operand.old))]
+    return [_cut(operand.view, tuple((None, None, step) for step in steps))]
 
 
-def _split(eqn: Any, position: int, view: View, old: Any, new: Any) -> list[View]:
-    axis, start, parts = eqn.params["axis"], 0, []
-    for size in map(int, eqn.params["sizes"]):
-        parts.append(_cut(view, _along(axis, len(old), (start, start + size, 1))))
+def _split(operand: Operand) -> Views:
+    axis, start, parts = operand.eqn.params["axis"], 0, []
+    for size in map(int, operand.eqn.params["sizes"]):
+        window = _along(axis, len(operand.old), (start, start + size, 1))
+        parts.append(_cut(operand.view, window))
         start += size
     return parts
 
 
-def _unstack(eqn: Any, position: int, view: View, old: Any, new: Any) -> list[View] | None:
-    axis, views = eqn.params["axis"], []
-    for i in range(old[axis]):
-        cut = _cut(view, _along(axis, len(old), (i, i + 1, 1)))
+def _unstack(operand: Operand) -> Views:
+    axis, views = operand.eqn.params["axis"], []
+    for i in range(operand.old[axis]):
+        cut = _cut(operand.view, _along(axis, len(operand.old), (i, i + 1, 1)))
         if not cut.pure:
             return None
-        views.append(cut.then(("reshape", cut.shape, new), new))
+        views.append(cut.then(("reshape", cut.shape, operand.new), operand.new))
     return views
 
 
-def _concatenate(eqn: Any, position: int, view: View, old: Any, new: Any) -> list[View] | None:
-    axis = eqn.params["dimension"]
-    start = sum(var.aval.shape[axis] for var in eqn.invars[:position])
-    return _embedded(view, axis, old[axis], new[axis], (start, start + old[axis], 1))
+def _concatenate(operand: Operand) -> Views:
+    axis = operand.eqn.params["dimension"]
+    start = sum(var.aval.shape[axis] for var in operand.eqn.invars[: operand.position])
+    old, new = operand.old[axis], operand.new[axis]
+    return _one(_embedded(operand.view, axis, old, new, (start, start + old, 1)))
 
 
-def _stack(eqn: Any, position: int, view: View, old: Any, new: Any) -> list[View] | None:
-    axis = eqn.params["axis"]
+def _stack(operand: Operand) -> Views:
+    axis, view, position = operand.eqn.params["axis"], operand.view, operand.position
     dims = (*view.dims[:axis], None, *view.dims[axis:])
     view = dataclasses.replace(view, dims=dims)
-    return _embedded(view, axis, 1, new[axis], (position, position + 1, 1))
+    return _one(_embedded(view, axis, 1, operand.new[axis], (position, position + 1, 1)))
 
 
-def _pad(eqn: Any, position: int, view: View, old: Any, new: Any) -> list[View] | None:
-    if position != 0:
+def _pad(operand: Operand) -> Views:
+    if operand.position != 0:
         return None
-    for axis, (low, high, interior) in enumerate(eqn.params["padding_config"]):
-        size, stride = int(old[axis]), int(interior) + 1
-        if low < 0 or high < 0:
+    view: ParameterView | None = operand.view
+    for axis, (low, high, interior) in enumerate(operand.eqn.params["padding_config"]):
+        size, stride = int(operand.old[axis]), int(interior) + 1
+        if low < 0 or high < 0 or view is None:
             return None
         window = (int(low), int(low) + (size - 1) * stride + 1, stride)
-        embedded = _embedded(view, axis, size, new[axis], window)
-        if embedded is None:
-            return None
-        (view,) = embedded
-    return [view]
+        view = _embedded(view, axis, size, operand.new[axis], window)
+    return _one(view)
 
 
-_RULES = {
+_RULES: dict[str, Callable[[Operand], Views]] = {
     "reshape": _reshape,
     "squeeze": _reshape,
     "expand_dims": _reshape,
@@ -144,14 +168,18 @@ _RULES = {
 }
 
 
-def _along(axis: int, rank: int, bounds: Any) -> Window:
+def _one(view: ParameterView | None) -> Views:
+    return None if view is None else [view]
+
+
+def _along(axis: int, rank: int, bounds: Bounds) -> Window:
     """``bounds`` on one axis, everything on the others."""
     return tuple(bounds if d == axis else (0, None, 1) for d in range(rank))
 
 
-def _cut(view: View, window: Window) -> View:
+def _cut(view: ParameterView, window: Window) -> ParameterView:
     """The part of the value in ``window``; along repeated axes there is nothing to cut."""
-    core: list[Any] = [(0, None, 1)] * len(view.shape)
+    core: list[Bounds] = [(0, None, 1)] * len(view.shape)
     for dim, bounds in zip(view.dims, window, strict=True):
         if dim is not None:
             core[dim] = bounds
@@ -161,14 +189,19 @@ def _cut(view: View, window: Window) -> View:
     return dataclasses.replace(cut, dims=dims)
 
 
-def _embedded(view: View, axis: int, old: int, new: int, bounds: Any) -> list[View] | None:
-    """The value inside zeros that are ``new`` long on one axis, where it was ``old``."""
+def _embedded(
+    view: ParameterView, axis: int, old: int, new: int, bounds: Bounds
+) -> ParameterView | None:
+    """The value inside zeros that are ``new`` long on one axis, where it was ``old``.
+
+    None where entries of the core would be repeated, but not along the whole axis.
+    """
     if old == new:
-        return [view]
+        return view
     dims = view.dims
     if dims[axis] is None:
         if old > 1:
-            return None  # entries of the core would be repeated in some places only
+            return None
         shape = (*view.shape, 1)
         dims = (*dims[:axis], len(view.shape), *dims[axis + 1 :])
         view = view.then(("reshape", view.shape, shape), shape)
@@ -176,14 +209,14 @@ def _embedded(view: View, axis: int, old: int, new: int, bounds: Any) -> list[Vi
     assert core is not None
     shape = (*view.shape[:core], new, *view.shape[core + 1 :])
     op = ("embed", view.shape, shape, _along(core, len(shape), bounds))
-    return [dataclasses.replace(view.then(op, shape), dims=dims)]
+    return dataclasses.replace(view.then(op, shape), dims=dims)
 
 
-def _multiplied(view: View, old: Any, new: Any, by: Any, *, divide: bool) -> list[View] | None:
+def _multiplied(operand: Operand, by: Any, *, divide: bool) -> Views:
     """The value times, or divided by, a constant."""
     if by is None:
         return None
-    view = view.spread(old, new)
+    new, view = operand.new, operand.view.spread(operand.old, operand.new)
     if jnp.ndim(by):
         axes = [dim for dim in view.dims if dim is not None]
         if axes != sorted(axes) or math.prod(new) != math.prod(view.shape):

@@ -21,7 +21,7 @@ from fvp.control.trial import loss_outcome, mean_nll
 from fvp.curvature import fisher
 from fvp.heads import Head
 from fvp.heads.head import check_head
-from fvp.layers.kfac import KFAC, kfac
+from fvp.layers import KFAC, kfac
 from fvp.numerics import (
     as_finite,
     tree_is_finite,
