@@ -18,7 +18,7 @@ from fvp.layers.groups import GroupGradients, groups_of
 from fvp.numerics import widen
 from fvp.tracing.capture import Capture, capture
 from fvp.tracing.coverage import check_covered
-from fvp.typing import Batch, ModelFn, Params, PyTree
+from fvp.typing import Batch, ModelFn, Params, PyTree, PyTreeDef
 
 if TYPE_CHECKING:
     from jaxtyping import Float
@@ -44,7 +44,7 @@ class ModelData:
 class CaptureOptions:
     """Static and hashable: how a batch is captured."""
 
-    axes: tuple[Any, tuple[int | None, ...]]  # structure and leaves of the batch axes
+    axes: tuple[PyTreeDef, tuple[int | None, ...]]  # structure and leaves of the batch axes
     num_samples: int
     fallback: str | None
 

@@ -28,10 +28,10 @@ from fvp.mesh import auto_sharded, share_out
 from fvp.numerics import cast_like, widen, zeros_of
 from fvp.tracing.coverage import Coverage
 from fvp.tracing.layouts import Layout
-from fvp.typing import Params
+from fvp.typing import Params, PyTreeDef
 
 #: Structure of the parameters, and the shapes and dtypes of their leaves; static.
-Template: TypeAlias = tuple[jax.tree_util.PyTreeDef, tuple[jax.ShapeDtypeStruct, ...]]
+Template: TypeAlias = tuple[PyTreeDef, tuple[jax.ShapeDtypeStruct, ...]]
 
 
 @jax.tree_util.register_dataclass
@@ -117,6 +117,7 @@ class KFAC:
         values += [diagonal.ravel() for diagonal in self.diagonals.values()]
         if sum(value.size for value in values) < sum(map(math.prod, self._shapes())):
             return True  # some entries have no curvature
+        # docs/decisions/layers.md
         smallest = [bool(jnp.min(x) <= jnp.finfo(x.dtype).eps * jnp.max(x)) for x in values]
         return any(smallest)
 

@@ -21,7 +21,7 @@ from fvp.tracing.jaxprs import Jaxpr
 from fvp.tracing.parameter_views import ParameterView
 from fvp.tracing.uses import ParameterUse
 from fvp.tracing.values import Record, Value
-from fvp.typing import Batch, ModelFn, Params, PyTree
+from fvp.typing import Batch, ModelFn, Params, PyTree, PyTreeDef
 
 if TYPE_CHECKING:
     from jaxtyping import Float, Shaped
@@ -51,7 +51,7 @@ class Capture:
     z: Array
     paths: tuple[str, ...]
     shapes: tuple[jax.ShapeDtypeStruct, ...]
-    structure: jax.tree_util.PyTreeDef
+    structure: PyTreeDef
     uses: tuple[ParameterUse, ...]
     unmatched: tuple[ParameterUse, ...]
     inputs: tuple[Shaped[Array, "E R G ..."] | None, ...]
