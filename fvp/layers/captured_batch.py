@@ -5,11 +5,12 @@ from __future__ import annotations
 import dataclasses
 import math
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import jax
 import jax.numpy as jnp
 from jax import Array
+from jax.typing import ArrayLike
 
 from fvp.heads import Head
 from fvp.layers.chunks import CHUNK
@@ -35,8 +36,8 @@ class ModelData:
     head: Head
     params: Params
     batch: Batch
-    weights: Any = None
-    targets: Any = None
+    weights: ArrayLike | None = None
+    targets: PyTree = None
     key: Array | None = None
 
 
@@ -91,7 +92,7 @@ class CapturedBatch:
         separate = tuple(axis for axis in axes if axis not in layers.examples)
         columns = make_columns(separate)
         shares = jnp.sum(columns.shares, axis=separate).ravel()
-        inputs = tuple(_present(x, shares) for x in layers.inputs)
+        inputs = tuple(None if x is None else _present(x, shares) for x in layers.inputs)
         groups = tuple(groups_of(layers))
         return cls(layers, make_columns, separate, columns, shares, groups, inputs)
 
@@ -133,8 +134,8 @@ def capture_batch(model_fn: ModelFn, data: ModelData, options: CaptureOptions) -
     return CapturedBatch.of(layers, make_columns)
 
 
-def _present(x: Any, shares: Float[Array, " E"], axis: int = 0) -> Any:
-    """``x`` with the examples of weight zero, whatever they hold, replaced by zeros."""
-    if x is None or shares.size == 1 or not jnp.issubdtype(x.dtype, jnp.floating):
+def _present(x: Array, shares: Float[Array, " E"], axis: int = 0) -> Array:
+    """``x`` with zeros for the examples of weight zero, along ``axis``, whatever they hold."""
+    if shares.size == 1 or not jnp.issubdtype(x.dtype, jnp.floating):
         return x
     return jnp.where((shares == 0).reshape(-1, *(1,) * (x.ndim - axis - 1)), 0, widen(x))

@@ -15,7 +15,8 @@ from jax import Array
 
 from fvp.layers.products import einsum
 from fvp.tracing.capture import Capture
-from fvp.tracing.parameter_views import ParameterView, Shape
+from fvp.tracing.parameter_views import ParameterView
+from fvp.tracing.steps import Reshape, Shape
 from fvp.tracing.uses import ParameterUse
 
 if TYPE_CHECKING:
@@ -62,7 +63,7 @@ def standing_for(uses: Sequence[ParameterUse], shape: Shape) -> ParameterUse | N
     if not exotic and all(use.layout == first.layout for use in uses):
         return None if len(uses) == 1 else dataclasses.replace(first, joined=None)
     flat = (math.prod(shape),)
-    view = ParameterView.of(first.view.leaf, shape).then(("reshape", shape, flat), flat)
+    view = ParameterView.of(first.view.leaf, shape).then(Reshape(shape, flat), flat)
     return ParameterUse(
         "shift", view, first.primitive, first.batch_axes, flat, parts=((), (), (0,))
     )

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from typing import Any
 
 from jax import Array
 from jax.typing import ArrayLike
@@ -32,7 +31,7 @@ def kfac(
     params: Params,
     batch: Batch,
     *,
-    targets: Any = None,
+    targets: PyTree = None,
     weights: ArrayLike | None = None,
     key: Array | None = None,
     num_samples: int = 1,
@@ -48,7 +47,8 @@ def kfac(
     any layout, convolutions, lookups, biases, scales. Equal to the Fisher's diagonal block for one
     example without weight sharing, and for deep linear networks with a Gaussian head. Scales and
     biases that belong to no layer have their exact block; one of several axes that is used as it is
-    has an exact block for each row of its last. The inputs of an embedding have a diagonal factor.
+    has an exact block for each slice along its last. The inputs of an embedding have a diagonal
+    factor.
 
     Args:
       model_fn: pure function ``model_fn(params, batch) -> z``.
@@ -65,7 +65,8 @@ def kfac(
         the per-example gradients in its eigenbasis, which is nearest to the Fisher's block there.
       batch_axes: where the example axis of each leaf of ``batch`` is.
       fallback: "per_example" gives parameters without a layer rule their exact diagonal, and serves
-        models that mix examples, at one backward pass for each row and column.
+        models that mix examples, at one backward pass for each output
+        of each example.
 
     Returns:
       A :class:`KFAC`: ``K @ v``, ``K.solve(v, damping)``, ``K.inverse(damping)`` for ``M=`` of

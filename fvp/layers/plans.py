@@ -12,7 +12,7 @@ from fvp.layers.groups import standing_for
 from fvp.tracing.capture import Capture
 from fvp.tracing.coverage import treatment
 from fvp.tracing.layouts import Layout
-from fvp.tracing.parameter_views import Shape
+from fvp.tracing.steps import Shape
 from fvp.tracing.uses import ParameterUse
 
 
@@ -118,7 +118,7 @@ def _biases(captured: CapturedBatch) -> dict[int, int]:
 def _is_plain(use: ParameterUse) -> bool:
     """Whether the entries of the weight are entries of the leaf, and the leaf is no part of it."""
     view = use.view
-    return view.factor is None and not (view.functions or view.weighted or use.is_embedded)
+    return view.factor is None and not (view.functions or view.weighted or view.embedded)
 
 
 def _orientations(uses: list[ParameterUse], shape: Shape) -> tuple[bool, ...] | None:

@@ -12,7 +12,7 @@ from jax import Array
 from fvp.layers.chunks import CHUNK, sum_in_chunks
 from fvp.layers.groups import GroupGradients
 from fvp.layers.products import einsum
-from fvp.tracing.parameter_views import Shape
+from fvp.tracing.steps import Shape
 
 if TYPE_CHECKING:
     from jaxtyping import Float, Int

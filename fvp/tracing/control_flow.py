@@ -184,6 +184,7 @@ def _outlasting(value: Value) -> Value:
 
 
 def _with_activity(record: Record) -> tuple[Any, Array]:
+    """What was recorded, with ones for activity outside of conditionals."""
     active = record.active
     if active is None:
         active = jnp.ones([length for _, length in record.use.scans])
@@ -208,5 +209,5 @@ def _slices(parent: Interpreter, value: Value) -> tuple[tuple[ParameterView, ...
 
 def _descends(view: ParameterView, outer: ParameterView) -> bool:
     """Whether ``view`` descends from ``outer``, the slice that a scan made of a parameter."""
-    same = view.leaf == outer.leaf and len(view.ops) >= len(outer.ops)
-    return same and all(a is b for a, b in zip(view.ops, outer.ops, strict=False))
+    same = view.leaf == outer.leaf and len(view.steps) >= len(outer.steps)
+    return same and all(a is b for a, b in zip(view.steps, outer.steps, strict=False))

@@ -11,7 +11,8 @@ from collections.abc import Callable, Sequence
 from jax import Array
 
 from fvp.compatibility import bind
-from fvp.tracing.parameter_views import Function, ParameterView
+from fvp.tracing.parameter_views import ParameterView
+from fvp.tracing.steps import Function
 from fvp.tracing.values import Node, Value
 
 
@@ -31,12 +32,12 @@ def derived(value: Value) -> tuple[ParameterView, ...] | None:
         arguments = local if base in local else [base]
         function = _replayed(value, steps, arguments)
         points = tuple(x for x in (other.point for other in arguments) if x is not None)
-        op = Function(function, points, arguments.index(base), names)
+        step = Function(function, points, arguments.index(base), names)
         for view in base.views:
             same = all(other.views[0].stacks == view.stacks for other in local)
             if not view.pure or not same:
                 return None
-            views.append(view.absorbed().then(("function", op), value.x.shape))
+            views.append(view.absorbed().then(step, value.x.shape))
     return tuple(views)
 
 

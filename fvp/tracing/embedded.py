@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import Array
 
-from fvp.tracing.parameter_views import Shape
+from fvp.tracing.steps import Shape
 from fvp.tracing.uses import ParameterUse
 
 
@@ -18,7 +18,7 @@ def restrict(use: ParameterUse, shape: Shape) -> None:
 
     Its kind becomes "partial", without a rule, if it can't be; "nothing" if it reads none of it.
     """
-    if use.kind == "other" or not use.is_embedded or use.view.functions:
+    if use.kind == "other" or not use.view.embedded or use.view.functions:
         return
     present = use.layout.entries(shape) >= 0
     if not present.any():

@@ -26,9 +26,10 @@ from fvp.tracing.derivative_rules import CUSTOM_RULES, rule_is_of_body
 from fvp.tracing.derived import derived
 from fvp.tracing.jaxprs import Equation, Jaxpr, inner_jaxpr
 from fvp.tracing.layer_rules import classify, shift
-from fvp.tracing.parameter_views import ParameterView, Shape
+from fvp.tracing.parameter_views import ParameterView
 from fvp.tracing.propagation import propagate
 from fvp.tracing.sources import moved, recorded_operand, source_of
+from fvp.tracing.steps import Shape
 from fvp.tracing.structure import Operand, structural
 from fvp.tracing.uses import ParameterUse
 from fvp.tracing.values import Node, Record, Value

@@ -18,6 +18,7 @@ from jax import Array
 from fvp.tracing.batch_axes import AxisInfo
 from fvp.tracing.jaxprs import Equation, free_dimensions
 from fvp.tracing.parameter_views import ParameterView
+from fvp.tracing.steps import Reshape
 from fvp.tracing.uses import ParameterUse
 
 
@@ -135,7 +136,7 @@ def _convolution(eqn: Equation, use: ParameterUse) -> ParameterUse:
     # The output channels come group by group.
     old = view.shape
     new = (*old[:out_dim], groups, out_features // groups, *old[out_dim + 1 :])
-    use.view = view.then(("reshape", old, new), new)
+    use.view = view.then(Reshape(old, new), new)
     after = lambda d: d + (d > out_dim)
     inputs = [after(in_dim), *map(after, spatial)]
     return _with_parts(use, [out_dim], inputs, [out_dim + 1])

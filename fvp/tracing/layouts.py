@@ -28,7 +28,7 @@ class Layout:
     @property
     def stacks(self) -> tuple[int, ...]:
         """The lengths of the stacked axes."""
-        return tuple(op[1] for op in self.view.ops if op[0] == "unstack")
+        return self.view.stack_lengths
 
     @property
     def shape(self) -> tuple[int, int, int]:

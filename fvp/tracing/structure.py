@@ -10,10 +10,10 @@ from typing import Any, TypeAlias
 import jax.numpy as jnp
 
 from fvp.tracing.jaxprs import Equation, reshape_order
-from fvp.tracing.parameter_views import ParameterView, Shape, Window, broadcast
+from fvp.tracing.parameter_views import ParameterView, broadcast
+from fvp.tracing.steps import Bounds, Embed, Permute, Reshape, Shape, Slice, Window
 
 Views: TypeAlias = list[ParameterView] | None  # one for each output, or None: no rearrangement
-Bounds: TypeAlias = tuple[int | None, int | None, int]  # start, stop and step
 
 _SAME = ("copy", "copy_p", "name", "pvary", "pcast", "sharding_constraint", "reshard")
 _ROUNDED = ("convert_element_type", "reduce_precision")
@@ -65,7 +65,7 @@ def _reshape(operand: Operand) -> Views:
     if (order := reshape_order(operand.eqn)) is not None:
         view, old = _permuted(view, order), tuple(old[d] for d in order)
     if view.pure:
-        return [view.then(("reshape", old, new), new)]
+        return [view.then(Reshape(old, new), new)]
     # Of a broadcast value: only axes of length one may come and go.
     kept = [(size, dim) for size, dim in zip(old, view.dims, strict=True) if size > 1]
     if [size for size, _ in kept] != [size for size in new if size > 1]:
@@ -81,7 +81,7 @@ def _transpose(operand: Operand) -> Views:
 
 def _permuted(view: ParameterView, order: Sequence[int]) -> ParameterView:
     if view.pure:
-        return view.then(("transpose", tuple(order)), tuple(view.shape[d] for d in order))
+        return view.then(Permute(tuple(order)), tuple(view.shape[d] for d in order))
     return dataclasses.replace(view, dims=tuple(view.dims[d] for d in order))
 
 
@@ -121,7 +121,7 @@ def _unstack(operand: Operand) -> Views:
         cut = _cut(operand.view, _along(axis, len(operand.old), (i, i + 1, 1)))
         if not cut.pure:
             return None
-        views.append(cut.then(("reshape", cut.shape, operand.new), operand.new))
+        views.append(cut.then(Reshape(cut.shape, operand.new), operand.new))
     return views
 
 
@@ -185,7 +185,7 @@ def _cut(view: ParameterView, window: Window) -> ParameterView:
             core[dim] = bounds
     sizes = (len(range(*slice(*b).indices(n))) for b, n in zip(core, view.shape, strict=True))
     dims = view.dims
-    cut = view.then(("slice", view.shape, tuple(core)), tuple(sizes))
+    cut = view.then(Slice(view.shape, tuple(core)), tuple(sizes))
     return dataclasses.replace(cut, dims=dims)
 
 
@@ -204,12 +204,12 @@ def _embedded(
             return None
         shape = (*view.shape, 1)
         dims = (*dims[:axis], len(view.shape), *dims[axis + 1 :])
-        view = view.then(("reshape", view.shape, shape), shape)
+        view = view.then(Reshape(view.shape, shape), shape)
     core = dims[axis]
     assert core is not None
     shape = (*view.shape[:core], new, *view.shape[core + 1 :])
-    op = ("embed", view.shape, shape, _along(core, len(shape), bounds))
-    return dataclasses.replace(view.then(op, shape), dims=dims)
+    embed = Embed(shape, _along(core, len(shape), bounds))
+    return dataclasses.replace(view.then(embed, shape), dims=dims)
 
 
 def _multiplied(operand: Operand, by: Any, *, divide: bool) -> Views:

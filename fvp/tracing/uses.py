@@ -28,7 +28,8 @@ from jax.typing import DTypeLike
 
 from fvp.tracing.batch_axes import AxisInfo
 from fvp.tracing.layouts import Layout
-from fvp.tracing.parameter_views import ParameterView, Shape
+from fvp.tracing.parameter_views import ParameterView
+from fvp.tracing.steps import Shape
 
 
 @dataclasses.dataclass(eq=False)
@@ -83,8 +84,3 @@ class ParameterUse:
     def is_elementwise(self) -> bool:
         """Whether the parameter is added to a value, or multiplied with it entry by entry."""
         return self.kind in ("shift", "scale")
-
-    @property
-    def is_embedded(self) -> bool:
-        """Whether the weight is more than this parameter."""
-        return any(op[0] == "embed" for op in self.view.ops)

@@ -75,4 +75,4 @@ class Record:
 
     use: ParameterUse
     operand: Any
-    active: Any = None
+    active: Array | None = None
