@@ -10,6 +10,9 @@ from jax import Array
 #: A pytree of any kind.
 PyTree: TypeAlias = Any
 
+#: A ``jax.tree_util.PyTreeDef``, which type checkers see as a variable.
+PyTreeDef: TypeAlias = Any
+
 #: A pytree of floating-point arrays.
 Params: TypeAlias = Any
 

@@ -11,9 +11,8 @@ from dense import relative_error
 from models import MODELS, affine, conv, layer, normal, weight
 
 import fvp
-from fvp.layers.capture import capture
-from fvp.layers.groups import Rows
-from fvp.layers.report import coverage_of
+from fvp.tracing.capture import capture
+from fvp.tracing.coverage import coverage_of
 
 COMPILE_QUICKLY = True
 
@@ -241,7 +240,7 @@ def captured(name):
         found[:] = coverage_of(layers), layers.examples
         total = [jnp.zeros(shape.shape) for shape in layers.shapes]
         for use, x, delta in zip(layers.uses, layers.inputs, layers.outputs(u[None]), strict=True):
-            total[use.view.leaf] += Rows((use,), (x,), (delta,)).gradients().sum((0, 1))
+            total[use.view.leaf] += GroupGradients((use,), (x,), (delta,)).gradients().sum((0, 1))
         plain = jax.vjp(lambda p: model_fn(p, batch), params)[1](u)[0]
         return layers.unflatten(total), plain
 

@@ -1,7 +1,12 @@
-"""One capture of a model's layers: inputs and back-propagated columns of every parameter's use."""
+"""What is computed on one capture of a model: Fisher diagonal, Kronecker factors, Gram matrix.
+
+Imports :mod:`fvp.tracing`, which finds the uses of the parameters, and the columns of a curvature
+in the space of outputs; never solvers or transformations.
+"""
 
 from fvp.layers.diagonal import fisher_diagonal
-from fvp.layers.kfac import KFAC, KFACInverse, kfac
-from fvp.layers.report import Coverage
+from fvp.layers.kfac import kfac
+from fvp.layers.kfac_operator import KFAC, KFACInverse
+from fvp.tracing.coverage import Coverage
 
 __all__ = ["KFAC", "Coverage", "KFACInverse", "fisher_diagonal", "kfac"]

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -16,14 +15,15 @@ from fvp.compilation import compiled_when_eager
 from fvp.curvature import FisherCurvature, OutputCurvature, Problem, SampledCurvature
 from fvp.curvature.linearization import Linearization
 from fvp.heads import Head
-from fvp.layers.columns import check_not_negative, columns_of
-from fvp.layers.groups import Rows
-from fvp.layers.report import check_fallback
-from fvp.layers.rows import CHUNK, LayerRows, layer_rows
+from fvp.layers.captured_batch import CapturedBatch, capture_batch
+from fvp.layers.chunks import CHUNK
+from fvp.layers.columns import check_not_negative
+from fvp.layers.groups import GroupGradients
 from fvp.layers.squares import squared
 from fvp.mesh import auto_sharded
-from fvp.numerics import cast_like, widen
-from fvp.typing import Batch, ModelFn, Params
+from fvp.numerics import cast_like, widen, zeros_of
+from fvp.tracing.coverage import check_fallback
+from fvp.typing import Batch, ModelFn, Params, PyTree
 
 
 def fisher_diagonal(
@@ -35,9 +35,9 @@ def fisher_diagonal(
     weights: ArrayLike | None = None,
     key: Array | None = None,
     num_samples: int = 1,
-    batch_axes: Any = 0,
+    batch_axes: PyTree = 0,
     fallback: str | None = None,
-) -> Any:
+) -> Params:
     r"""The diagonal of the Fisher, diag F = sum_i w_i sum_c (J_i^T s_ic)^2 / sum_i w_i.
 
     The s_ic are the columns of S(z_i), S S^T = F_R; with a ``key``, scores at labels drawn from the
@@ -47,8 +47,8 @@ def fisher_diagonal(
     Where it is shared (convolutions, tokens, time steps) they are summed a few examples at a time.
 
     The cost is a forward pass, and C backward passes without their weight gradients (one with a
-    ``key``). Rows that meet inside one example (tokens of an attention layer) take C passes each:
-    prefer a ``key`` for long sequences.
+    ``key``). Outputs that meet inside an example (tokens of an attention layer) take C passes each,
+    so prefer a ``key`` for long sequences.
 
     Args:
       model_fn: pure function ``model_fn(params, batch) -> z``.
@@ -61,7 +61,8 @@ def fisher_diagonal(
       batch_axes: where the example axis of each leaf of ``batch`` is, in the form of the
         ``in_axes`` of ``jax.vmap``.
       fallback: "per_example" differentiates row by row what has no layer rule, and models that mix
-        examples (batch normalisation in training): exact, at the cost of rows x columns passes.
+        examples (batch normalisation in training): exact, at the cost of a pass for each output
+        of each example.
 
     Returns:
       A pytree like ``params``, computed in float32 or wider and returned in the dtypes of
@@ -85,66 +86,64 @@ def fisher_diagonal(
     check_positive_int(num_samples, "num_samples")
     check_fallback(fallback)
     check_not_negative(weights)
-    keys = None if key is None else jax.random.split(key, num_samples)
-    data = {"weights": weights, "batch_axes": batch_axes, "keys": keys}
+    data = {"weights": weights, "batch_axes": batch_axes}
     problem = Problem.of(model_fn, head, params, batch, **data)
-    kind = FisherCurvature if key is None else SampledCurvature
-    return _diagonal(kind, problem, fallback)
-
-
-def diagonal_of(problem: Problem, num_samples: int | None, seed: int) -> Params:
-    """The diagonal of the Fisher of ``problem``, estimated from ``num_samples`` or exact (None)."""
-    if num_samples is None:
-        return _diagonal(FisherCurvature, problem, None)
-    keys = jax.random.split(jax.random.key(seed), num_samples)
-    return _diagonal(SampledCurvature, dataclasses.replace(problem, keys=keys), None)
+    if key is None:
+        return diagonal_of(problem, FisherCurvature, fallback)
+    problem = dataclasses.replace(problem, keys=jax.random.split(key, num_samples))
+    return diagonal_of(problem, SampledCurvature, fallback)
 
 
 @compiled_when_eager
-def _diagonal(kind: type[OutputCurvature], problem: Problem, fallback: str | None) -> Params:
+def diagonal_of(
+    problem: Problem, kind: type[OutputCurvature], fallback: str | None = None
+) -> Params:
+    """The diagonal of the curvature ``kind``, see :func:`fisher_diagonal`."""
     function = functools.partial(_squares, kind, fallback)
     return auto_sharded(function, problem, like=problem.params)
 
 
 def _squares(kind: type[OutputCurvature], fallback: str | None, problem: Problem) -> Params:
-    captured = layer_rows(problem, kind, fallback)
+    captured = capture_batch(problem, kind, fallback)
     layers = captured.layers
+    dtype = widen(layers.z).dtype
 
-    def squares(groups: list[Rows]) -> list[Array]:
-        total = [jnp.zeros(s.shape, widen(layers.z).dtype) for s in layers.shapes]
-        for rows in groups:
-            leaf = rows.uses[0].view.leaf
-            total[leaf] += squared(rows, layers.shapes[leaf].shape)
+    def squares(groups: list[GroupGradients]) -> list[Array]:
+        total = zeros_of([jax.ShapeDtypeStruct(s.shape, dtype) for s in layers.shapes])
+        for group in groups:
+            total[group.leaf] += squared(group, layers.shapes[group.leaf].shape)
         return total
 
     total = captured.sum(squares)
-    for leaf, value in squared_rows(kind, problem, captured, captured.lost).items():
+    for leaf, value in differentiated(problem, captured, captured.unmatched).items():
         total[leaf] = value
     return cast_like(layers.unflatten(total), problem.params)
 
 
-def squared_rows(
-    kind: type[OutputCurvature], problem: Problem, captured: LayerRows, lost: list[int]
+def differentiated(
+    problem: Problem, captured: CapturedBatch, numbers: list[int]
 ) -> dict[int, Array]:
-    """The diagonal of the leaves ``lost``, by one backward pass for every row and column."""
-    if not lost:
+    """The diagonal of the leaves with these numbers, by one backward pass for every column.
+
+    No column is shared: each entry of the batch axes of z has columns of its own.
+    """
+    if not numbers:
         return {}
-    everywhere = range(len(captured.layers.batch_shape))
-    columns = columns_of(kind, problem, captured.layers.z, everywhere)
+    columns = captured.make_columns(tuple(range(len(captured.layers.batch_shape))))
     leaves, structure = jax.tree.flatten(problem.params)
 
-    def model(some: list[Any]) -> Array:
+    def model(some: list[Array]) -> Array:
         whole = list(leaves)
-        for leaf, value in zip(lost, some, strict=True):
-            whole[leaf] = value
+        for number, value in zip(numbers, some, strict=True):
+            whole[number] = value
         return problem.outputs(jax.tree.unflatten(structure, whole))
 
-    linearization = Linearization.of(model, [leaves[leaf] for leaf in lost])
+    linearization = Linearization.of(model, [leaves[number] for number in numbers])
     dtype = linearization.output.dtype
 
     def squares(cotangents: Array) -> list[Array]:
         gradients = jax.vmap(lambda u: linearization.vjp(u.astype(dtype)))(cotangents)
         return [jnp.sum(widen(g) ** 2, axis=0) for g in gradients]
 
-    size = max(1, CHUNK // max(leaves[leaf].size for leaf in lost))
-    return dict(zip(lost, columns.sum(squares, size), strict=True))
+    size = max(1, CHUNK // max(leaves[number].size for number in numbers))
+    return dict(zip(numbers, columns.sum(squares, size), strict=True))

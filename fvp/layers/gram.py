@@ -3,51 +3,56 @@
 from __future__ import annotations
 
 import math
-from typing import Any
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
 
 import jax
 import jax.numpy as jnp
 from jax import Array
 
-from fvp.layers.groups import Rows
+from fvp.layers.captured_batch import CapturedBatch
+from fvp.layers.chunks import CHUNK, sum_in_chunks
+from fvp.layers.groups import GroupGradients
 from fvp.layers.products import einsum
-from fvp.layers.rows import CHUNK, LayerRows
+
+if TYPE_CHECKING:
+    from jaxtyping import Float
 
 
-def gram_matrix(captured: LayerRows, lost: Any) -> Array:
-    """(K E, K E): A A^T for the rows A_ke = column_ke^T J of all columns and examples.
+def gram_matrix(
+    captured: CapturedBatch, unmatched: Callable[[Array], Array] | None
+) -> Float[Array, "KE KE"]:
+    """A A^T, where A_ke = column_ke^T J for all columns k and examples e.
 
     Where a weight is used once per example its share is (x_e . x_f) (d_ke . d_lf), and no gradient
-    is formed. ``lost(columns)`` gives the rows (K, E, entries) of the leaves without a layer rule,
-    or is None.
+    is formed. ``unmatched(columns)`` gives the gradients (K, E, entries) of the leaves without a
+    layer rule, or is None.
     """
     columns = captured.columns.all()
     total: Any = 0.0
-    served = set(captured.lost)
-    for rows in captured.rows(columns):
-        if rows.uses[0].view.leaf not in served:
-            leaf = rows.uses[0].view.leaf
-            total += _gram(rows.merged(captured.layers.shapes[leaf].shape))
-    if lost is not None:
-        total += _outer(lost(columns))
+    for group in captured.gradients(columns):
+        if group.leaf not in captured.unmatched:
+            total += _gram(group.merged(captured.layers.shapes[group.leaf].shape))
+    if unmatched is not None:
+        total += _outer(unmatched(columns))
     return total
 
 
-def _gram(rows: Rows) -> Array:
-    use, x, delta = rows.uses[0], rows.inputs[0], rows.outputs[0]
-    if len(rows.uses) > 1 or use.view.functions or use.view.weighted:
-        return _outer(rows.gradients().reshape(*delta.shape[:2], -1))
+def _gram(group: GroupGradients) -> Float[Array, "KE KE"]:
+    use, x, delta = group.uses[0], group.inputs[0], group.outputs[0]
+    if len(group.uses) > 1 or use.view.functions or use.view.weighted:
+        return _outer(group.gradients())
     if delta.shape[2] > 1:
-        return _outer_by_inputs(rows)
+        return _outer_by_inputs(group)
     columns, examples = delta.shape[:2]
     delta = delta[:, :, 0].reshape(columns * examples, *delta.shape[3:])
     total: Any = 0.0
-    for group in range(delta.shape[1]):
-        outputs = einsum("no,mo->nm", delta[:, group], delta[:, group])
+    for number in range(delta.shape[1]):
+        outputs = einsum("no,mo->nm", delta[:, number], delta[:, number])
         if x is None:
             total += outputs
             continue
-        inputs = x[:, 0, group]
+        inputs = x[:, 0, number]
         if use.kind == "lookup":
             same = _same(inputs[:, None], inputs[None], use.layout.shape[1]).astype(delta.dtype)
         else:
@@ -56,26 +61,20 @@ def _gram(rows: Rows) -> Array:
     return total
 
 
-def _outer(gradients: Array) -> Array:
+def _outer(gradients: Float[Array, "K E ..."]) -> Float[Array, "KE KE"]:
     flat = gradients.reshape(gradients.shape[0] * gradients.shape[1], -1)
     return einsum("np,mp->nm", flat, flat)
 
 
-def _outer_by_inputs(rows: Rows) -> Array:
+def _outer_by_inputs(group: GroupGradients) -> Float[Array, "KE KE"]:
     """Through the gradients, over some of the layer's inputs at a time."""
-    (x,), (delta,), (use,) = rows.inputs, rows.outputs, rows.uses
+    (x,), (delta,), (use,) = group.inputs, group.outputs, group.uses
+    assert x is not None  # shifts are summed over their rows
     if use.kind == "lookup":
         return _lookups(x, delta, use.layout.shape[1])
     size = max(1, CHUNK // (math.prod(delta.shape[:2]) * delta.shape[3] * delta.shape[4]))
-    part = lambda x: _outer(einsum("ergi,kergo->kegio", x, delta).reshape(*delta.shape[:2], -1))
-    inputs = x.shape[-1]
-    if size >= inputs:
-        return part(x)
-    x = jnp.pad(x, [(0, 0)] * 3 + [(0, -inputs % size)])
-    parts = jnp.moveaxis(x.reshape(*x.shape[:3], -1, size), 3, 0)
-    count = math.prod(delta.shape[:2])
-    zero = jnp.zeros((count, count), delta.dtype)
-    return jax.lax.scan(lambda total, x: (total + part(x), None), zero, parts)[0]
+    some = lambda x: _outer(einsum("ierg,kergo->kegio", x, delta))
+    return sum_in_chunks(some, jnp.moveaxis(x, -1, 0), size)
 
 
 def _same(a: Array, b: Array, size: int) -> Array:
@@ -83,8 +82,8 @@ def _same(a: Array, b: Array, size: int) -> Array:
     return (a == b) & (a < size)
 
 
-def _lookups(x: Array, delta: Array, size: int) -> Array:
-    """Rows that look up the same entry, in whichever example."""
+def _lookups(x: Array, delta: Array, size: int) -> Float[Array, "KE KE"]:
+    """The same where inputs are one-hot: rows meet where they look up the same entry."""
     columns, examples = delta.shape[:2]
 
     def pair(e: Array) -> Array:

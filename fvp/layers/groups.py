@@ -6,17 +6,21 @@ import dataclasses
 import functools
 import math
 from collections.abc import Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import Array
 
-from fvp.layers.capture import Capture
 from fvp.layers.products import einsum
-from fvp.layers.uses import Use
-from fvp.layers.views import View
+from fvp.tracing.capture import Capture
+from fvp.tracing.parameter_views import ParameterView
+from fvp.tracing.steps import Reshape, Shape
+from fvp.tracing.uses import ParameterUse
+
+if TYPE_CHECKING:
+    from jaxtyping import Float
 
 
 def groups_of(capture: Capture) -> list[tuple[int, ...]]:
@@ -32,7 +36,7 @@ def groups_of(capture: Capture) -> list[tuple[int, ...]]:
     return groups
 
 
-def disjoint(uses: Sequence[Use], shape: tuple[int, ...]) -> bool:
+def disjoint(uses: Sequence[ParameterUse], shape: Shape) -> bool:
     """Whether no entry of a parameter of ``shape`` is read by two of ``uses``."""
     if any(use.view.functions for use in uses):
         return False
@@ -46,25 +50,27 @@ def disjoint(uses: Sequence[Use], shape: tuple[int, ...]) -> bool:
     return True
 
 
-def standing_for(uses: Sequence[Use], shape: tuple[int, ...]) -> Use | None:
+def standing_for(uses: Sequence[ParameterUse], shape: Shape) -> ParameterUse | None:
     """One use for several shifts and scales of a leaf of ``shape``, whose gradients are added up.
 
     In their own layout where they share one, else in that of the flat leaf. None for uses of other
     kinds, and for a single one that needs no other.
     """
     first = uses[0]
-    if any(use.kind not in ("shift", "scale") for use in uses):
+    if not all(use.is_elementwise for use in uses):
         return None
     exotic = any(use.view.functions or use.view.weighted for use in uses)
     if not exotic and all(use.layout == first.layout for use in uses):
         return None if len(uses) == 1 else dataclasses.replace(first, joined=None)
     flat = (math.prod(shape),)
-    view = View.of(first.view.leaf, shape).then(("reshape", shape, flat), flat)
-    return Use("shift", view, first.primitive, first.places, flat, parts=((), (), (0,)))
+    view = ParameterView.of(first.view.leaf, shape).then(Reshape(shape, flat), flat)
+    return ParameterUse(
+        "shift", view, first.primitive, first.batch_axes, flat, parts=((), (), (0,))
+    )
 
 
-def one_hot_inputs(use: Use, x: Any, like: Array) -> Array:
-    """The inputs (..., R, G, inputs) of a use, as numbers: ones for shifts, one-hot for lookups."""
+def one_hot_inputs(use: ParameterUse, x: Array | None, like: Array) -> Array:
+    """The inputs (..., R, G, I) of a use, as numbers: ones for shifts, one-hot for lookups."""
     if x is None:
         return jnp.ones((*like.shape[-4:-1], 1), like.dtype)
     if use.kind == "lookup":
@@ -73,22 +79,33 @@ def one_hot_inputs(use: Use, x: Any, like: Array) -> Array:
 
 
 @dataclasses.dataclass(frozen=True)
-class Rows:
-    """The uses of one group: inputs (E, R, G, inputs) and outputs (K, E, R, G, outputs) of each."""
+class GroupGradients:
+    """The gradients of one group of uses, as the two sides of each: inputs and output cotangents.
 
-    uses: tuple[Use, ...]
-    inputs: tuple[Any, ...]
+    Attributes:
+      uses: the uses.
+      inputs: for each (E, R, G, I); indices (E, R, G) of a lookup; None for ones.
+      outputs: for each (K, E, R, G, O).
+    """
+
+    uses: tuple[ParameterUse, ...]
+    inputs: tuple[Array | None, ...]
     outputs: tuple[Array, ...]
 
-    def gradients(self) -> Array:
-        """The gradient of every column and example with respect to the leaf: (K, E, leaf)."""
+    @property
+    def leaf(self) -> int:
+        """The number of the parameter leaf."""
+        return self.uses[0].view.leaf
+
+    def gradients(self) -> Float[Array, "K E ..."]:
+        """The gradient of every column and example with respect to the leaf."""
         total: Any = 0
         for use, x, delta in zip(self.uses, self.inputs, self.outputs, strict=True):
             x = one_hot_inputs(use, x, delta).astype(delta.dtype)
             total += use.layout.leaf(einsum("ergi,kergo->kegio", x, delta))
         return total
 
-    def merged(self, shape: tuple[int, ...]) -> Rows:
+    def merged(self, shape: Shape) -> GroupGradients:
         """The same as one use, where :func:`standing_for` has one for a leaf of ``shape``."""
         use = standing_for(self.uses, shape)
         if use is None:
@@ -98,4 +115,4 @@ class Rows:
         else:
             gradients = self.gradients()
             outputs = gradients.reshape(*gradients.shape[:2], 1, 1, -1)
-        return Rows((use,), (None,), (outputs,))
+        return GroupGradients((use,), (None,), (outputs,))

@@ -1,21 +1,15 @@
-"""Kronecker-factored curvature."""
+"""Kronecker-factored curvature: from the layers of a model to an operator."""
 
 from __future__ import annotations
 
-import dataclasses
 import functools
-import math
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 from jax import Array
-from jax.core import Tracer
-from jax.flatten_util import ravel_pytree
-from jax.sharding import Mesh
 from jax.typing import ArrayLike
 
-from fvp.checks import check_like, check_nonnegative, check_positive_int
+from fvp.checks import check_positive_int
 from fvp.compilation import compiled_when_eager
 from fvp.curvature import (
     EmpiricalCurvature,
@@ -25,194 +19,16 @@ from fvp.curvature import (
     SampledCurvature,
 )
 from fvp.heads import Head
+from fvp.layers.captured_batch import capture_batch
 from fvp.layers.columns import check_not_negative
-from fvp.layers.diagonal import squared_rows
-from fvp.layers.factors import (
-    WEIGHT_SHARING,
-    kronecker_blocks,
-    plans_of,
-    with_corrected_eigenvalues,
-)
-from fvp.layers.kronecker import DAMPING_RULES, add_weight, weight_of
-from fvp.layers.layouts import Layout
-from fvp.layers.report import Coverage, check_fallback, coverage_of
-from fvp.layers.rows import layer_rows
-from fvp.mesh import auto_sharded, share_out
-from fvp.numerics import cast_like, widen
-from fvp.typing import Batch, ModelFn, Params
-
-
-@jax.tree_util.register_dataclass
-@dataclasses.dataclass(frozen=True, repr=False)
-class KFAC:
-    """A block-diagonal curvature, each block a Kronecker product; built by :func:`fvp.kfac`.
-
-    A pytree: it crosses ``jit``, can be averaged leaf by leaf, and ``vmap`` over vectors works.
-
-    Attributes:
-      blocks: the Kronecker factors, one block for each layer.
-      diagonals: the exact diagonal of the parameters that only a fallback served, by leaf.
-      coverage: how each parameter is treated; prints as a table.
-    """
-
-    blocks: tuple[Any, ...]
-    diagonals: dict[int, Array]
-    template: Any = dataclasses.field(metadata={"static": True})
-    coverage: Coverage = dataclasses.field(metadata={"static": True})
-
-    def mv(self, v: Any) -> Any:
-        """The factored curvature times ``v``, a tree like the parameters."""
-        return _multiply(self, check_like(v, self._like(), "v", "params"))
-
-    def __matmul__(self, v: Any) -> Any:
-        return self.mv(v)
-
-    def solve(self, v: Any, damping: ArrayLike, *, rule: str = "exact") -> Any:
-        """The damped inverse times ``v``; see :meth:`inverse`, which is better for many vectors."""
-        return self.inverse(damping, rule=rule).mv(v)
-
-    def inverse(
-        self, damping: ArrayLike, *, rule: str = "exact", mesh: Mesh | None = None
-    ) -> KFACInverse:
-        """(K + damping I)^-1 as an operator, factorised once; pass it to ``fvp.cg`` as ``M=``.
-
-        Args:
-          damping: multiple of the identity; a number or scalar array. The number 0 raises where
-            the curvature is singular.
-          rule: how damping enters a block left x right.
-            "exact": (left x right + damping I)^-1, by eigendecompositions of the factors;
-            "pi": (left + pi sqrt(damping) I)^-1 x (right + sqrt(damping) / pi I)^-1, with
-            pi^2 = mean eigenvalue of left / mean eigenvalue of right (Martens and Grosse 2015,
-            section 6.3), by Cholesky; "factored": the same with pi = 1.
-            Eigenvalue-corrected factors are always damped exactly.
-          mesh: a device mesh: each of its devices inverts its share of the blocks and sends it to
-            the others. Without one every device inverts all.
-        """
-        check_damping_rule(rule)
-        check_nonnegative(damping, "damping")
-        if isinstance(damping, (int, float)) and damping == 0 and self._is_singular():
-            raise ValueError(
-                "damping: the factored curvature is singular and has no inverse at 0; pass a"
-                " positive number."
-            )
-        return _invert(self, jnp.asarray(damping), rule, mesh)
-
-    def trace(self) -> Array:
-        """The trace."""
-        total = sum(jnp.sum(diagonal) for diagonal in self.diagonals.values())
-        return sum((block.trace() for block in self.blocks), jnp.asarray(total))
-
-    def logdet(self, damping: ArrayLike = 0.0) -> Array:
-        """The log-determinant of K + damping I; -inf where K is singular and damping zero."""
-        values = [block.eigenvalues() for block in self.blocks] + list(self.diagonals.values())
-        rest = sum(map(math.prod, self._shapes())) - sum(value.size for value in values)
-        log = lambda x: jnp.sum(jnp.log(x + jnp.asarray(damping, x.dtype)))
-        total = sum(map(log, values), jnp.zeros(()))
-        return total + rest * jnp.log(jnp.asarray(damping, total.dtype)) if rest else total
-
-    def dense(self) -> Array:
-        """The (P, P) matrix in ``ravel_pytree`` order; memory P^2, for small P."""
-        zero = jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), self._like())
-        flat, unravel = ravel_pytree(zero)
-        column = lambda e: ravel_pytree(self.mv(unravel(e)))[0]
-        return jax.vmap(column, out_axes=1)(jnp.eye(flat.size, dtype=flat.dtype))
-
-    def _is_singular(self) -> bool:
-        """Whether it is, to rounding; False where the numbers are not known yet."""
-        if any(isinstance(leaf, Tracer) for leaf in jax.tree.leaves(self)):
-            return False
-        values = [block.eigenvalues().ravel() for block in self.blocks]
-        values += [diagonal.ravel() for diagonal in self.diagonals.values()]
-        if sum(value.size for value in values) < sum(map(math.prod, self._shapes())):
-            return True  # some entries have no curvature
-        smallest = [bool(jnp.min(x) <= jnp.finfo(x.dtype).eps * jnp.max(x)) for x in values]
-        return any(smallest)
-
-    def _like(self) -> Any:
-        return jax.tree.unflatten(*self.template)
-
-    def _shapes(self) -> list[tuple[int, ...]]:
-        return [shape.shape for shape in self.template[1]]
-
-    def __repr__(self) -> str:
-        return f"KFAC({len(self.blocks)} blocks, {len(self.diagonals)} diagonals)"
-
-
-@jax.tree_util.register_dataclass
-@dataclasses.dataclass(frozen=True)
-class KFACInverse:
-    """(K + damping I)^-1: multiplies trees like the parameters; a pytree."""
-
-    factors: tuple[Any, ...]
-    diagonals: dict[int, Array]  # inverted
-    damping: Array
-    layouts: tuple[tuple[Layout, ...], ...] = dataclasses.field(metadata={"static": True})
-    template: Any = dataclasses.field(metadata={"static": True})
-
-    def mv(self, v: Any) -> Any:
-        """The damped inverse times ``v``."""
-        return _solve(self, check_like(v, jax.tree.unflatten(*self.template), "v", "params"))
-
-    def __matmul__(self, v: Any) -> Any:
-        return self.mv(v)
-
-    def __call__(self, v: Any) -> Any:
-        return self.mv(v)
-
-
-@compiled_when_eager
-def _multiply(operator: KFAC, v: Any) -> Any:
-    return auto_sharded(_product, operator, v, like=v)
-
-
-def _product(operator: KFAC, v: Any) -> Any:
-    leaves = [widen(leaf) for leaf in jax.tree.leaves(v)]
-    out = [jnp.zeros_like(leaf) for leaf in leaves]
-    for block in operator.blocks:
-        add_weight(block.layouts, out, block.multiply(weight_of(block.layouts, leaves)))
-    for leaf, diagonal in operator.diagonals.items():
-        out[leaf] = diagonal * leaves[leaf]
-    return cast_like(jax.tree.unflatten(jax.tree.structure(v), out), v)
-
-
-@compiled_when_eager
-def _invert(operator: KFAC, damping: Array, rule: str, mesh: Mesh | None) -> KFACInverse:
-    if mesh is None:
-        factors = tuple(block.inverse(damping, rule) for block in operator.blocks)
-    else:
-        costs = [block.inversion_cost for block in operator.blocks]
-        items = [(block, damping) for block in operator.blocks]
-        factors = share_out(lambda item: item[0].inverse(item[1], rule), items, costs, mesh)
-    return KFACInverse(
-        factors,
-        {leaf: 1 / (d + damping.astype(d.dtype)) for leaf, d in operator.diagonals.items()},
-        damping,
-        tuple(block.layouts for block in operator.blocks),
-        operator.template,
-    )
-
-
-@compiled_when_eager
-def _solve(inverse: KFACInverse, v: Any) -> Any:
-    return auto_sharded(_solution, inverse, v, like=v)
-
-
-def _solution(inverse: KFACInverse, v: Any) -> Any:
-    leaves = [widen(leaf) for leaf in jax.tree.leaves(v)]
-    out = [jnp.zeros_like(leaf) for leaf in leaves]
-    for layouts, factor in zip(inverse.layouts, inverse.factors, strict=True):
-        add_weight(layouts, out, factor.multiply(weight_of(layouts, leaves)))
-    for leaf, diagonal in inverse.diagonals.items():
-        out[leaf] = diagonal * leaves[leaf]
-    for leaf, x in enumerate(leaves):
-        used = [layout for block in inverse.layouts for layout in block if layout.view.leaf == leaf]
-        covered = sum(math.prod(layout.shape) for layout in used)
-        if leaf not in inverse.diagonals and covered < x.size:
-            # Entries that the model does not read have no curvature.
-            ones = [layout.leaf(jnp.ones(layout.shape, x.dtype)) for layout in used]
-            rest = x / inverse.damping.astype(x.dtype)
-            out[leaf] = jnp.where(sum(ones, jnp.zeros_like(x)) > 0, out[leaf], rest)
-    return cast_like(jax.tree.unflatten(jax.tree.structure(v), out), v)
+from fvp.layers.diagonal import differentiated
+from fvp.layers.eigenvalue_correction import with_corrected_eigenvalues
+from fvp.layers.factors import WEIGHT_SHARING, kronecker_blocks
+from fvp.layers.kfac_operator import KFAC
+from fvp.layers.plans import plans_of
+from fvp.mesh import auto_sharded
+from fvp.tracing.coverage import check_fallback, coverage_of
+from fvp.typing import Batch, ModelFn, Params, PyTree
 
 
 def kfac(
@@ -221,13 +37,13 @@ def kfac(
     params: Params,
     batch: Batch,
     *,
-    targets: Any = None,
+    targets: PyTree = None,
     weights: ArrayLike | None = None,
     key: Array | None = None,
     num_samples: int = 1,
     weight_sharing: str = "expand",
     eigenvalue_corrected: bool = False,
-    batch_axes: Any = 0,
+    batch_axes: PyTree = 0,
     fallback: str | None = None,
 ) -> KFAC:
     r"""Kronecker-factored Fisher: for each layer, E[x x^T] x E[d d^T].
@@ -237,7 +53,8 @@ def kfac(
     any layout, convolutions, lookups, biases, scales. Equal to the Fisher's diagonal block for one
     example without weight sharing, and for deep linear networks with a Gaussian head. Scales and
     biases that belong to no layer have their exact block; one of several axes that is used as it is
-    has an exact block for each row of its last. The inputs of an embedding have a diagonal factor.
+    has an exact block for each slice along its last. The inputs of an embedding have a diagonal
+    factor.
 
     Args:
       model_fn: pure function ``model_fn(params, batch) -> z``.
@@ -254,7 +71,8 @@ def kfac(
         the per-example gradients in its eigenbasis, which is nearest to the Fisher's block there.
       batch_axes: where the example axis of each leaf of ``batch`` is.
       fallback: "per_example" gives parameters without a layer rule their exact diagonal, and serves
-        models that mix examples, at one backward pass for each row and column.
+        models that mix examples, at one backward pass for each output
+        of each example.
 
     Returns:
       A :class:`KFAC`: ``K @ v``, ``K.solve(v, damping)``, ``K.inverse(damping)`` for ``M=`` of
@@ -289,20 +107,13 @@ def kfac(
     data = {"targets": targets, "weights": weights, "keys": keys, "batch_axes": batch_axes}
     problem = Problem.of(model_fn, head, params, batch, **data)
     kind = FisherCurvature if targets is None else EmpiricalCurvature
-    kind = kind if key is None else SampledCurvature
     return kfac_of(
         problem,
-        kind,
+        kind if key is None else SampledCurvature,
         weight_sharing=weight_sharing,
         eigenvalue_corrected=eigenvalue_corrected,
         fallback=fallback,
     )
-
-
-def check_damping_rule(rule: str) -> None:
-    """Raises unless there is such a rule."""
-    if rule not in DAMPING_RULES:
-        raise ValueError(f"rule: expected one of {DAMPING_RULES}, got {rule!r}.")
 
 
 def check_weight_sharing(weight_sharing: str) -> None:
@@ -322,18 +133,15 @@ def _factored(
     kind: type[OutputCurvature],
     problem: Problem,
     *,
-    weight_sharing: str,
-    eigenvalue_corrected: bool,
-    fallback: str | None,
+    weight_sharing: str = "expand",
+    eigenvalue_corrected: bool = False,
+    fallback: str | None = None,
 ) -> KFAC:
-    captured = layer_rows(problem, kind, fallback)
-    plans, unserved = plans_of(captured, fallback)
+    captured = capture_batch(problem, kind, fallback)
+    plans, unhandled = plans_of(captured, fallback)
     blocks = kronecker_blocks(captured, plans, weight_sharing == "reduce")
     if eigenvalue_corrected:
         blocks = with_corrected_eigenvalues(captured, plans, blocks)
-    diagonals = squared_rows(kind, problem, captured, sorted(unserved))
-    leaves, structure = jax.tree.flatten(problem.params)
-    shapes = tuple(jax.ShapeDtypeStruct(leaf.shape, leaf.dtype) for leaf in leaves)
-    return KFAC(
-        tuple(blocks), diagonals, (structure, shapes), coverage_of(captured.layers, unserved)
-    )
+    diagonals = differentiated(problem, captured, sorted(unhandled))
+    template = (captured.layers.structure, captured.layers.shapes)
+    return KFAC(tuple(blocks), diagonals, template, coverage_of(captured.layers, unhandled))

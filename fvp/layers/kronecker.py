@@ -3,29 +3,44 @@
 from __future__ import annotations
 
 import dataclasses
-from typing import Any
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, TypeAlias
 
 import jax
 import jax.numpy as jnp
 from jax import Array
 
 from fvp.factorization import eigh_semidefinite, inverse_semidefinite
-from fvp.layers.layouts import Layout
 from fvp.layers.products import einsum
+from fvp.tracing.layouts import Layout
+
+if TYPE_CHECKING:
+    from jaxtyping import Float
+
+#: Eigenvectors of left, None for the identity, and of right.
+Bases: TypeAlias = tuple[Array | None, Array]
 
 DAMPING_RULES = ("exact", "pi", "factored")
 
 
-def weight_of(layouts: tuple[Layout, ...], leaves: list[Any]) -> Array:
-    """The weight (G, I, O) of a block out of the leaves of a tree, a bias in its last row."""
+def check_damping_rule(rule: str) -> None:
+    """Raises unless there is such a rule."""
+    if rule not in DAMPING_RULES:
+        raise ValueError(f"rule: expected one of {DAMPING_RULES}, got {rule!r}.")
+
+
+def weight_of(layouts: tuple[Layout, ...], leaves: Sequence[Array]) -> Float[Array, "G I O"]:
+    """The weight of a block out of the leaves of a tree, a bias as its last input."""
     parts = [layout.weight(leaves[layout.view.leaf]) for layout in layouts]
     groups, _, outputs = parts[0].shape
     parts[1:] = [part.reshape(groups, 1, outputs) for part in parts[1:]]
     return jnp.concatenate(parts, axis=1)
 
 
-def add_weight(layouts: tuple[Layout, ...], leaves: list[Any], weight: Array) -> None:
-    """Adds the weight (G, I, O) of a block to the leaves it came from."""
+def add_weight(
+    layouts: tuple[Layout, ...], leaves: list[Array], weight: Float[Array, "G I O"]
+) -> None:
+    """Adds the weight of a block to the leaves it came from."""
     inputs = layouts[0].shape[1]
     parts = [weight[:, :inputs], weight[:, inputs:]]
     for layout, part in zip(layouts, parts, strict=False):
@@ -35,34 +50,31 @@ def add_weight(layouts: tuple[Layout, ...], leaves: list[Any], weight: Array) ->
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class KroneckerBlock:
-    """left x right on a weight W (groups, inputs, outputs): W -> left W right, group by group.
+    """left x right on a weight W (G, I, O): W -> left W right, group by group.
 
     Attributes:
-      left: (G, I, I) second moment of the inputs; (G, I) of a lookup, whose inputs are one-hot.
-      right: (G, O, O) second moment of the output cotangents.
-      corrected: None, or for EK-FAC the second moment (G, I, O) of the per-example gradients in the
+      left: second moment of the inputs; (G, I) of a lookup, whose inputs are one-hot.
+      right: second moment of the output cotangents.
+      corrected: None, or for EK-FAC the second moment of the per-example gradients in the
         eigenbases of the factors, which ``bases`` then holds.
-      layouts: of the weight, and of the bias that is its last row of inputs, if it has one.
+      layouts: of the weight, and of the bias that is its last input, if it has one.
     """
 
-    left: Array
-    right: Array
-    corrected: Any
-    bases: Any
+    left: Float[Array, "G I I"] | Float[Array, "G I"]
+    right: Float[Array, "G O O"]
+    corrected: Float[Array, "G I O"] | None
+    bases: Bases | None
     layouts: tuple[Layout, ...] = dataclasses.field(metadata={"static": True})
 
-    def multiply(self, weight: Array) -> Array:
+    def multiply(self, weight: Float[Array, "G I O"]) -> Float[Array, "G I O"]:
         """Left W right."""
         if self.corrected is not None:
-            left, right = self.bases
-            return EigenInverse(left, right, self.corrected).multiply(weight)
+            return EigenInverse(*self.eigenbases(), self.corrected).multiply(weight)
         weight = einsum("gio,gop->gip", weight, self.right)
         return _left_multiply(self.left, weight)
 
-    def eigenvalues(self) -> Array:
-        """(G, I, O): products of the eigenvalues of the factors, or the corrected ones."""
-        if self.corrected is not None:
-            return self.corrected
+    def eigenvalues(self) -> Float[Array, "G I O"]:
+        """Products of the eigenvalues of the factors, or the corrected ones."""
         return self._eigen()[0]
 
     def trace(self) -> Array:
@@ -79,13 +91,10 @@ class KroneckerBlock:
         left = 0 if self.left.ndim == 2 else self.left.shape[0] * self.left.shape[1] ** 3
         return left + self.right.shape[0] * self.right.shape[1] ** 3
 
-    def inverse(self, damping: Any, rule: str) -> Any:
+    def inverse(self, damping: Array, rule: str) -> EigenInverse | FactorInverse:
         """The damped inverse as a pytree with ``multiply``."""
         if rule == "exact" or self.corrected is not None:
-            values, bases = self.corrected, self.bases
-            if values is None:
-                values, bases = self._eigen()
-            left, right = bases
+            values, (left, right) = self._eigen()
             return EigenInverse(left, right, 1 / (values + damping))
         root = jnp.sqrt(jnp.asarray(damping, self.right.dtype))
         split = self._split() if rule == "pi" else jnp.ones_like(self.right[:, 0, 0])
@@ -103,11 +112,13 @@ class KroneckerBlock:
         ratio = jnp.where(usable, left, 1) / jnp.where(usable, right, 1)
         return jnp.sqrt(ratio)
 
-    def eigenbases(self) -> tuple[Any, Array]:
+    def eigenbases(self) -> Bases:
         """Eigenvectors of left (None for the identity) and of right."""
-        return self.bases if self.bases is not None else self._eigen()[1]
+        return self._eigen()[1]
 
-    def _eigen(self) -> tuple[Array, tuple[Any, Array]]:
+    def _eigen(self) -> tuple[Float[Array, "G I O"], Bases]:
+        if self.corrected is not None and self.bases is not None:
+            return self.corrected, self.bases
         right, right_basis = eigh_semidefinite(self.right)
         left_basis = None
         if self.left.ndim == 2:
@@ -123,13 +134,13 @@ def _left_multiply(left: Array, weight: Array) -> Array:
     return einsum("gij,gjo->gio", left, weight)
 
 
-def rotated(left: Any, right: Array, weight: Array) -> Array:
+def rotated(left: Array | None, right: Array, weight: Array) -> Array:
     """Q_left^T W Q_right; a left basis of None is the identity."""
     weight = weight if left is None else einsum("gji,gjo->gio", left, weight)
     return einsum("gio,gop->gip", weight, right)
 
 
-def rotated_back(left: Any, right: Array, weight: Array) -> Array:
+def rotated_back(left: Array | None, right: Array, weight: Array) -> Array:
     """Q_left W Q_right^T."""
     weight = weight if left is None else einsum("gij,gjo->gio", left, weight)
     return einsum("gio,gpo->gip", weight, right)
@@ -140,7 +151,7 @@ def rotated_back(left: Any, right: Array, weight: Array) -> Array:
 class EigenInverse:
     """Q_left [ inverse * (Q_left^T W Q_right) ] Q_right^T."""
 
-    left: Any
+    left: Array | None
     right: Array
     inverse: Array
 

@@ -3,24 +3,28 @@
 from __future__ import annotations
 
 import math
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import jax
 import jax.numpy as jnp
 from jax import Array
 
-from fvp.layers.groups import Rows
+from fvp.layers.chunks import CHUNK, sum_in_chunks
+from fvp.layers.groups import GroupGradients
 from fvp.layers.products import einsum
-from fvp.layers.rows import CHUNK, scan_examples
+from fvp.tracing.steps import Shape
+
+if TYPE_CHECKING:
+    from jaxtyping import Float, Int
 
 
-def squared(rows: Rows, shape: tuple[int, ...]) -> Array:
+def squared(group: GroupGradients, shape: Shape) -> Array:
     """The sum over columns and examples of the squared gradient in the leaf, of ``shape``."""
-    rows = rows.merged(shape)
-    use, x, delta = rows.uses[0], rows.inputs[0], rows.outputs[0]
-    if len(rows.uses) > 1 or use.view.functions or (delta.shape[2] > 1 and use.kind != "lookup"):
-        return squared_gradients(rows)
-    if use.kind == "lookup":
+    group = group.merged(shape)
+    use, x, delta = group.uses[0], group.inputs[0], group.outputs[0]
+    if len(group.uses) > 1 or use.view.functions or (delta.shape[2] > 1 and use.kind != "lookup"):
+        return squared_gradients(group)
+    if use.kind == "lookup" and x is not None:
         squares = squared_lookup(use.layout.shape[1], x, delta)
     elif x is None:  # the gradient itself
         squares = jnp.sum(delta**2, axis=(0, 1, 2))[:, None, :]
@@ -29,10 +33,12 @@ def squared(rows: Rows, shape: tuple[int, ...]) -> Array:
     return use.layout.leaf(squares, squared=True)
 
 
-def squared_lookup(size: int, x: Array, delta: Array) -> Array:
-    """Squared gradients of a lookup in a table of ``size``: (groups, size, outputs).
+def squared_lookup(
+    size: int, x: Int[Array, "E R G"], delta: Float[Array, "K E R G O"]
+) -> Float[Array, "G I O"]:
+    """Squared gradients of a lookup in a table of ``size`` entries, I.
 
-    Rows of one example that look up the same entry are added up before they are squared.
+    What the rows of one example read of the same entry is added up before it is squared.
     """
     if delta.shape[2] > 1:
         read = (x < size)[:, :, None]  # what is out of range reads nothing
@@ -49,16 +55,16 @@ def squared_lookup(size: int, x: Array, delta: Array) -> Array:
     return jax.vmap(scatter)(jnp.moveaxis(x, 2, 0).reshape(groups, -1), power)
 
 
-def squared_gradients(rows: Rows) -> Array:
+def squared_gradients(group: GroupGradients) -> Array:
     """Through the per-example gradients themselves, a few examples at a time."""
-    gradient = jax.eval_shape(rows.gradients)
-    examples = rows.outputs[0].shape[1]
+    gradient = jax.eval_shape(group.gradients)
+    examples = group.outputs[0].shape[1]
     size = max(1, CHUNK // max(1, math.prod(gradient.shape) // examples))
 
     def some(data: Any) -> Array:
         xs, deltas = data
         deltas = tuple(jnp.moveaxis(delta, 0, 1) for delta in deltas)
-        return jnp.sum(Rows(rows.uses, xs, deltas).gradients() ** 2, axis=(0, 1))
+        return jnp.sum(GroupGradients(group.uses, xs, deltas).gradients() ** 2, axis=(0, 1))
 
-    data = (rows.inputs, tuple(jnp.moveaxis(delta, 1, 0) for delta in rows.outputs))
-    return scan_examples(some, data, size)
+    data = (group.inputs, tuple(jnp.moveaxis(delta, 1, 0) for delta in group.outputs))
+    return sum_in_chunks(some, data, size)

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 from jax.typing import ArrayLike
 
 from fvp.checks import check_inexact_tree
-from fvp.curvature import CurvatureOperator
+from fvp.curvature import CurvatureOperator, FisherCurvature, SampledCurvature
 from fvp.layers.diagonal import diagonal_of
 from fvp.numerics import wide_dtype, widen
 from fvp.preconditioners.base import Preconditioner
@@ -87,7 +87,11 @@ class Jacobi(Preconditioner):
         problem = operator.problem
         if problem is None:
             raise ValueError("preconditioner: Jacobi expects a curvature without chunk_size.")
-        diagonal = diagonal_of(problem, self.num_samples, self.seed)
+        kind = FisherCurvature
+        if self.num_samples is not None:
+            keys = jax.random.split(jax.random.key(self.seed), self.num_samples)
+            kind, problem = SampledCurvature, dataclasses.replace(problem, keys=keys)
+        diagonal = diagonal_of(problem, kind)
         damped = lambda d, old: ((widen(d) + damping) ** self.exponent).astype(old.dtype)
         return jax.tree.map(damped, diagonal, made)
 

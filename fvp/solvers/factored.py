@@ -13,11 +13,13 @@ from jax.sharding import Mesh
 
 from fvp.checks import check_nonnegative, check_positive_int
 from fvp.curvature import FisherCurvature, Problem, SampledCurvature
-from fvp.layers.kfac import KFAC, KFACInverse, check_damping_rule, check_weight_sharing, kfac_of
-from fvp.layers.report import check_fallback
+from fvp.layers import KFAC, KFACInverse
+from fvp.layers.kfac import check_weight_sharing, kfac_of
+from fvp.layers.kronecker import check_damping_rule
 from fvp.numerics import tree_is_finite, tree_where, zeros_of
 from fvp.solvers.cg_iteration import CGInfo
 from fvp.solvers.damped import DampedCurvature, DampedSolver, DampedSystem, Moment, Setting
+from fvp.tracing.coverage import check_fallback
 from fvp.typing import Params
 
 INVERSE_PERIOD = 5  # steps, where factors are kept between them

@@ -12,9 +12,10 @@ from jax import Array
 from fvp.curvature import CurvatureOperator
 from fvp.curvature.linearization import Linearization
 from fvp.curvature.problem import apply_weights
+from fvp.layers.captured_batch import CapturedBatch, capture_of
+from fvp.layers.chunks import CHUNK
 from fvp.layers.columns import separated, shares_of
 from fvp.layers.gram import gram_matrix
-from fvp.layers.rows import CHUNK, LayerRows, capture_of, rows_of_capture
 from fvp.numerics import cast_like, widen, widen_tree
 
 
@@ -23,7 +24,7 @@ class WhitenedJacobian:
     """A with F = A^T A, a row for each column of the root of H and example; inside one trace."""
 
     operator: CurvatureOperator
-    captured: LayerRows
+    captured: CapturedBatch
     columns: Array  # (K, like z), weighted
 
     @classmethod
@@ -34,7 +35,7 @@ class WhitenedJacobian:
         assert root is not None
         shares = shares_of(problem, operator.output)
         make = lambda separate: separated(root, shares, separate, problem.head.event_ndim)
-        captured = rows_of_capture(capture_of(problem), make)
+        captured = CapturedBatch.of(capture_of(problem), make)
         return cls(operator, captured, captured.columns.all())
 
     def times(self, v: Any) -> Array:
@@ -57,8 +58,8 @@ class WhitenedJacobian:
 
     def gram(self) -> Array:
         """A A^T, (K E, K E)."""
-        lost = self.captured.lost
-        return gram_matrix(self.captured, self._plain_rows if lost else None)
+        unmatched = self.captured.unmatched
+        return gram_matrix(self.captured, self._plain_rows if unmatched else None)
 
     def coefficients(self, targets: Any) -> Array | None:
         """The w with A^T w = the gradient of the loss at ``targets``; None where it is not known.
@@ -94,7 +95,7 @@ class WhitenedJacobian:
         return w.reshape(-1, *shape)
 
     def _plain_rows(self, columns: Array) -> Array:
-        """(K, E, entries of the lost leaves), by one backward pass for each row."""
+        """(K, E, entries of the unmatched leaves), by one backward pass for each row."""
         examples = self._examples()
 
         def row(index: Array) -> Array:
@@ -102,7 +103,7 @@ class WhitenedJacobian:
             w = unit.reshape(columns.shape[0], examples)
             u = jnp.sum(columns * self._spread(w), axis=0).astype(self.operator.output.dtype)
             leaves = jax.tree.leaves(self._model.vjp(u))
-            return jnp.concatenate([widen(leaves[i]).ravel() for i in self.captured.lost])
+            return jnp.concatenate([widen(leaves[i]).ravel() for i in self.captured.unmatched])
 
         count = columns.shape[0] * examples
         size = max(1, CHUNK // sum(s.size for s in jax.tree.leaves(self.operator.like)))

@@ -7,7 +7,7 @@ from typing import Any
 
 import jax
 
-from fvp.layers.kfac import KFAC, KFACInverse
+from fvp.layers import KFAC, KFACInverse
 
 
 def register_with_flax() -> None:

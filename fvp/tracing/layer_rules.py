@@ -1,14 +1,11 @@
-"""The uses of a parameter that have a layer rule, in one canonical layout.
+"""The layer rules: which primitives use a parameter as the weight of a layer, and how.
 
-A use multiplies a weight W of shape (groups, inputs, outputs) with rows of inputs: the gradient of
-anything is sum over rows of input x output-cotangent, group by group. Dense layers, convolutions
-(on patches) and lookups (of one-hot rows) are of this kind; shifts and scales are it with a single
-input of one.
+A new layer is one function here, that sets ``kind``, ``shared_axes``, ``features``, ``parts`` and
+the two readers of a :class:`ParameterUse`, and one line in :func:`classify`.
 """
 
 from __future__ import annotations
 
-import dataclasses
 import math
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -18,65 +15,20 @@ import jax.numpy as jnp
 import numpy as np
 from jax import Array
 
-from fvp.layers.layouts import Layout
-from fvp.layers.place_rules import AnyPlace
-from fvp.layers.views import View
+from fvp.tracing.batch_axes import AxisInfo
+from fvp.tracing.jaxprs import Equation, free_dimensions
+from fvp.tracing.parameter_views import ParameterView
+from fvp.tracing.steps import Reshape
+from fvp.tracing.uses import ParameterUse
 
 
-@dataclasses.dataclass(eq=False)
-class Use:
-    """One use of one view of a parameter.
-
-    Attributes:
-      kind: "dense", "convolution", "lookup", "shift" or "scale"; without a rule "other", or, of a
-        parameter that is part of the weight, "partial" or "nothing".
-      view: the parameter on its way here.
-      primitive: name of the JAX primitive.
-      places: of the output, one for each batch axis.
-      shape: of the output, inside any scan; ``dtype`` likewise.
-      rows: the axes of the output that are rows.
-      read_input: the other operand -> (rows, groups, inputs); indices (rows, groups) of a lookup;
-        factors in the shape of the output for a scale.
-      read_output: an array like the output -> (rows, groups, outputs).
-      parts: the axes of the core that are (groups, inputs, outputs).
-      features: the axes of the output that are (groups, outputs), in this order.
-      scans: the lengths of the enclosing scans, outermost first, and whether each scans over the
-        parameter ("stacked") or shares it.
-      joined: for a shift, the use whose output it shifts, where nothing else reads that.
-      kept: the groups, inputs and outputs that are this parameter's, where others are not.
-    """
-
-    kind: str
-    view: View
-    primitive: str
-    places: tuple[AnyPlace, ...]
-    shape: tuple[int, ...]
-    rows: tuple[int, ...] = ()
-    read_input: Callable[[Any], Any] = lambda x: x
-    read_output: Callable[[Any], Any] = lambda x: x
-    parts: tuple[tuple[int, ...], ...] = ((), (), ())
-    features: tuple[int, ...] = ()
-    scans: tuple[tuple[str, int], ...] = ()
-    joined: Use | None = None
-    dtype: Any = None
-    kept: tuple[tuple[int, ...], ...] | None = None
-
-    @property
-    def layout(self) -> Layout:
-        """How the parameter is the weight (groups, inputs, outputs) of this use."""
-        return Layout(dataclasses.replace(self.view, factor=None), self.parts, self.kept)
-
-    @property
-    def embedded(self) -> bool:
-        """Whether the weight is more than this parameter."""
-        return any(op[0] == "embed" for op in self.view.ops)
-
-
-def classify(eqn: Any, position: int, view: View, places: Sequence[AnyPlace]) -> Use:
+def classify(
+    eqn: Equation, position: int, view: ParameterView, batch_axes: Sequence[AxisInfo]
+) -> ParameterUse:
     """The use that ``eqn`` makes of its operand number ``position``; kind "other" without rule."""
     name = eqn.primitive.name
     out = eqn.outvars[0].aval
-    use = Use("other", view, name, tuple(places), out.shape, dtype=out.dtype)
+    use = ParameterUse("other", view, name, tuple(batch_axes), out.shape, dtype=out.dtype)
     if name in ("add", "sub", "add_any", "mul"):
         if name == "sub" and position == 1:
             use.view = view.scaled(-1)
@@ -93,9 +45,11 @@ def classify(eqn: Any, position: int, view: View, places: Sequence[AnyPlace]) ->
     return use
 
 
-def shift(view: View, primitive: str, places: Sequence[AnyPlace], x: Array) -> Use:
-    """The use of a value that is ``x``, at ``places``, as data: an addition to it."""
-    use = Use("other", view, primitive, tuple(places), x.shape, dtype=x.dtype)
+def shift(
+    view: ParameterView, primitive: str, batch_axes: Sequence[AxisInfo], x: Array
+) -> ParameterUse:
+    """The use of a parameter as the value ``x``, with these batch axes: an addition to it."""
+    use = ParameterUse("other", view, primitive, tuple(batch_axes), x.shape, dtype=x.dtype)
     return _elementwise(use, "shift")
 
 
@@ -116,34 +70,31 @@ def _ordered(*parts: Sequence[int], merge: int) -> Callable[[Any], Any]:
     return apply
 
 
-def _with_parts(use: Use, *parts: Sequence[Any]) -> Use:
+def _with_parts(use: ParameterUse, *parts: Sequence[Any]) -> ParameterUse:
     use.parts = tuple(tuple(part) for part in parts)
     return use
 
 
-def _dense(eqn: Any, position: int, use: Use) -> Use:
+def _dense(eqn: Equation, position: int, use: ParameterUse) -> ParameterUse:
     view, other = use.view, 1 - position
     contract, batch = eqn.params["dimension_numbers"]
     if any(view.dims[d] is None for d in contract[position]):
         return use
-    free: list[list[int]] = []
-    for side, var in enumerate(eqn.invars):
-        taken = (*contract[side], *batch[side])
-        free.append([d for d in range(var.aval.ndim) if d not in taken])
+    free = free_dimensions(eqn)
     if any(view.dims[d] is None for d in free[position]):
         return use
-    # A batch axis along which the weight is repeated is a row axis of the other operand.
+    # Along a batch dimension of the product a weight that is repeated is one weight, shared.
     is_group = [view.dims[d] is not None for d in batch[position]]
     group_out = tuple(i for i, grouped in enumerate(is_group) if grouped)
-    row_out = [i for i, grouped in enumerate(is_group) if not grouped]
+    shared_out = [i for i, grouped in enumerate(is_group) if not grouped]
     start = [len(is_group), len(is_group) + len(free[0])]
-    row_out += [start[other] + i for i in range(len(free[other]))]
+    shared_out += [start[other] + i for i in range(len(free[other]))]
     feature_out = tuple(start[position] + i for i in range(len(free[position])))
-    x_rows = [batch[other][i] for i in range(len(is_group)) if not is_group[i]] + free[other]
-    use.kind, use.rows, use.features = "dense", tuple(row_out), (*group_out, *feature_out)
+    x_shared = [batch[other][i] for i in range(len(is_group)) if not is_group[i]] + free[other]
+    use.kind, use.shared_axes, use.features = "dense", tuple(shared_out), (*group_out, *feature_out)
     x_groups = [batch[other][i] for i in group_out]
-    use.read_input = _ordered(x_rows, x_groups, contract[other], merge=2)
-    use.read_output = _ordered(row_out, group_out, feature_out, merge=2)
+    use.read_input = _ordered(x_shared, x_groups, contract[other], merge=2)
+    use.read_output = _ordered(shared_out, group_out, feature_out, merge=2)
     core = lambda dims: [view.dims[d] for d in dims]
     groups = core(batch[position][i] for i in group_out)
     named = [*groups, *core(contract[position]), *core(free[position])]
@@ -151,7 +102,7 @@ def _dense(eqn: Any, position: int, use: Use) -> Use:
     return _with_parts(use, [*rest, *groups], core(contract[position]), core(free[position]))
 
 
-def _convolution(eqn: Any, use: Use) -> Use:
+def _convolution(eqn: Equation, use: ParameterUse) -> ParameterUse:
     p, view = eqn.params, use.view
     if not view.pure or p["batch_group_count"] != 1:
         return use
@@ -180,18 +131,18 @@ def _convolution(eqn: Any, use: Use) -> Use:
         return y.reshape(*y.shape[:-1], groups, out_features // groups)
 
     use.kind, use.read_input, use.read_output = "convolution", read_input, read_output
-    use.rows = (numbers.out_spec[0], *numbers.out_spec[2:])
+    use.shared_axes = (numbers.out_spec[0], *numbers.out_spec[2:])
     use.features = (numbers.out_spec[1],)
     # The output channels come group by group.
     old = view.shape
     new = (*old[:out_dim], groups, out_features // groups, *old[out_dim + 1 :])
-    use.view = view.then(("reshape", old, new), new)
+    use.view = view.then(Reshape(old, new), new)
     after = lambda d: d + (d > out_dim)
     inputs = [after(in_dim), *map(after, spatial)]
     return _with_parts(use, [out_dim], inputs, [out_dim + 1])
 
 
-def _lookup(eqn: Any, use: Use) -> Use:
+def _lookup(eqn: Equation, use: ParameterUse) -> ParameterUse:
     numbers, view = eqn.params["dimension_numbers"], use.view
     axes, shape = numbers.start_index_map, eqn.invars[0].aval.shape
     whole = tuple(1 if d in axes else size for d, size in enumerate(shape))
@@ -207,22 +158,22 @@ def _lookup(eqn: Any, use: Use) -> Use:
     sizes = np.array([shape[axis] for axis in axes])
 
     def read_input(indices: Array) -> Array:
-        """Row numbers; one past the last where an index is out of range and nothing is read."""
+        """Numbers of inputs; one past the last where an index is out of range, to read none."""
         indices = indices.astype(jnp.promote_types(indices.dtype, jnp.int32))
         if clip:
             indices = jnp.clip(indices, 0, sizes - 1)
         inside = jnp.all((indices >= 0) & (indices < sizes), axis=-1)
-        rows = sum(indices[..., i] * math.prod(sizes[i + 1 :]) for i in range(len(sizes)))
-        return jnp.where(inside, rows, math.prod(sizes))[..., None]
+        number = sum(indices[..., i] * math.prod(sizes[i + 1 :]) for i in range(len(sizes)))
+        return jnp.where(inside, number, math.prod(sizes))[..., None]
 
     rest = [d for d in range(len(shape)) if d not in axes]
     use.kind, use.read_input, use.features = "lookup", read_input, numbers.offset_dims
-    use.rows = tuple(d for d in range(len(use.shape)) if d not in numbers.offset_dims)
-    use.read_output = _ordered(use.rows, (), numbers.offset_dims, merge=2)
+    use.shared_axes = tuple(d for d in range(len(use.shape)) if d not in numbers.offset_dims)
+    use.read_output = _ordered(use.shared_axes, (), numbers.offset_dims, merge=2)
     return _with_parts(use, (), axes, rest)
 
 
-def _elementwise(use: Use, kind: str) -> Use:
+def _elementwise(use: ParameterUse, kind: str) -> ParameterUse:
     view, shape = use.view, use.shape
     found = [d for d, dim in enumerate(view.dims) if dim is not None]
     found.sort(key=lambda d: view.dims[d])  # pyright: ignore[reportArgumentType, reportCallIssue]
@@ -231,9 +182,9 @@ def _elementwise(use: Use, kind: str) -> Use:
         return use
     groups, outputs = found[:-1], found[-1:]
     use.kind, use.features = kind, tuple(found)
-    use.rows = tuple(d for d in range(len(use.shape)) if d not in found)
+    use.shared_axes = tuple(d for d in range(len(use.shape)) if d not in found)
     use.read_input = lambda x: jnp.broadcast_to(x, shape)
-    use.read_output = _ordered(use.rows, groups, outputs, merge=2)
+    use.read_output = _ordered(use.shared_axes, groups, outputs, merge=2)
     last = named[-1:] if named else []
     rest = [d for d in range(len(view.shape)) if d not in last]
     return _with_parts(use, rest, (), last)

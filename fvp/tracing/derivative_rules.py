@@ -15,12 +15,19 @@ from jax.extend.core import jaxpr_as_fun
 
 from fvp.compatibility import bind
 from fvp.numerics import widen
+from fvp.tracing.jaxprs import Equation, Jaxpr
 
 CUSTOM_RULES = ("custom_jvp_call", "custom_vjp_call")
+# docs/decisions/layers.md
 _SCALES = (1.0, 10.0, 100.0)  # of the arguments: a rule may clip what is far out only
+_OFFSET = 0.5  # of positive arguments: at zero roots and logarithms have no derivative
+_DIGITS = 0.5  # the share of the digits that must agree
+_CANCELLED = 64  # units in the last place of the largest derivative that cancellation may leave
 
 
-def rule_is_of_body(eqn: Any, body: Any, operands: Sequence[Any], varies: Sequence[bool]) -> bool:
+def rule_is_of_body(
+    eqn: Equation, body: Jaxpr, operands: Sequence[Array], varies: Sequence[bool]
+) -> bool:
     """Whether a ``custom_jvp`` or ``custom_vjp`` call differentiates as its body does.
 
     Where its rule is the derivative of its body, as that of a fused layer or of a stable formula,
@@ -36,20 +43,9 @@ def rule_is_of_body(eqn: Any, body: Any, operands: Sequence[Any], varies: Sequen
 
     @jax.jit
     def agree(arguments: list[Array], cotangents: list[Array]) -> Array:
-        own = _pulled_back(lambda *xs: bind(eqn, xs), arguments, cotangents, varies)
-        plain = _pulled_back(jaxpr_as_fun(body), arguments, cotangents, varies)
-        pairs = []
-        for a, b in zip(own, plain, strict=True):
-            usable = jnp.isfinite(b)
-            pairs.append([jnp.where(usable, widen(x), 0) for x in (a, b)])
-        norm = lambda x: jnp.sqrt(jnp.sum(x**2))
-        largest = jnp.max(jnp.stack([norm(b) for _, b in pairs]))
-        results = []
-        for (a, b), cotangent in zip(pairs, plain, strict=True):
-            eps = float(jnp.finfo(cotangent.dtype).eps)
-            tolerance = eps**0.5 * norm(b) + 64 * eps * largest  # what cancels keeps its rounding
-            results.append(norm(a - b) <= tolerance)
-        return jnp.all(jnp.stack(results))
+        own = _transpose_products(lambda *xs: bind(eqn, xs), arguments, cotangents, varies)
+        plain = _transpose_products(jaxpr_as_fun(body), arguments, cotangents, varies)
+        return _agree(own, plain)
 
     pairs = zip(operands, varies, strict=True)
     fixed = [not variable and not isinstance(x, Tracer) for x, variable in pairs]
@@ -66,6 +62,23 @@ def rule_is_of_body(eqn: Any, body: Any, operands: Sequence[Any], varies: Sequen
     return True
 
 
+def _agree(own: Sequence[Array], plain: Sequence[Array]) -> Array:
+    """Whether two lists of derivatives agree, each where the second, ``plain``, is finite."""
+    pairs = []
+    for a, b in zip(own, plain, strict=True):
+        usable = jnp.isfinite(b)
+        pairs.append([jnp.where(usable, widen(x), 0) for x in (a, b)])
+    norm = lambda x: jnp.sqrt(jnp.sum(x**2))
+    largest = jnp.max(jnp.stack([norm(b) for _, b in pairs]))
+    results = []
+    for (a, b), derivative in zip(pairs, plain, strict=True):
+        eps = float(jnp.finfo(derivative.dtype).eps)
+        # A derivative that is small because large terms cancel has their rounding.
+        tolerance = eps**_DIGITS * norm(b) + _CANCELLED * eps * largest
+        results.append(norm(a - b) <= tolerance)
+    return jnp.all(jnp.stack(results))
+
+
 def _is_float(x: Any) -> bool:
     return jnp.issubdtype(x.dtype, jnp.floating)
 
@@ -79,16 +92,16 @@ def _sample(
     if not _is_float(aval):
         return jnp.zeros(aval.shape, aval.dtype)
     values = rng.standard_normal(aval.shape)
-    return jnp.asarray(scale * (np.abs(values) + 0.5 if positive else values), aval.dtype)
+    return jnp.asarray(scale * (np.abs(values) + _OFFSET if positive else values), aval.dtype)
 
 
-def _pulled_back(
+def _transpose_products(
     function: Callable[..., Sequence[Array]],
     arguments: list[Array],
     cotangents: list[Array],
     varies: Sequence[bool],
 ) -> list[Array]:
-    """The cotangents of a function's floating outputs, pulled back to its variables."""
+    """J^T times the cotangents of the floating outputs, for J in the arguments that vary."""
 
     def outputs(variables: list[Array]) -> list[Array]:
         rest, pairs = iter(variables), zip(arguments, varies, strict=True)
@@ -96,5 +109,5 @@ def _pulled_back(
         return [y for y in out if _is_float(y)]
 
     variables = [x for x, variable in zip(arguments, varies, strict=True) if variable]
-    _, pullback = jax.vjp(outputs, variables)
-    return pullback(cotangents)[0]
+    _, vjp = jax.vjp(outputs, variables)
+    return vjp(cotangents)[0]

@@ -9,7 +9,7 @@ from typing import Any
 import jax.numpy as jnp
 import numpy as np
 
-from fvp.layers.views import View
+from fvp.tracing.parameter_views import ParameterView
 
 
 @dataclasses.dataclass(frozen=True)
@@ -21,14 +21,14 @@ class Layout:
     groups, inputs and outputs that are the leaf's.
     """
 
-    view: View
+    view: ParameterView
     parts: tuple[tuple[int, ...], ...]
     kept: tuple[tuple[int, ...], ...] | None = None
 
     @property
     def stacks(self) -> tuple[int, ...]:
         """The lengths of the stacked axes."""
-        return tuple(op[1] for op in self.view.ops if op[0] == "unstack")
+        return self.view.stack_lengths
 
     @property
     def shape(self) -> tuple[int, int, int]:
@@ -43,7 +43,7 @@ class Layout:
 
     def weight(self, leaf: Any) -> Any:
         """The weight (groups, inputs, outputs), out of a leaf; NumPy stays NumPy."""
-        core, lead = self.view.push(leaf), len(self.stacks)
+        core, lead = self.view.core(leaf), len(self.stacks)
         order = [lead + d for part in self.parts for d in part]
         weight = core.transpose(*range(lead), *order).reshape(self.whole)
         return weight if self.kept is None else weight[np.ix_(*self.kept)]
@@ -63,4 +63,4 @@ class Layout:
         core = weight.reshape(*front, *self.stacks, *(self.view.shape[d] for d in order))
         back = sorted(range(len(order)), key=order.__getitem__)
         core = core.transpose(*range(lead), *(lead + d for d in back))
-        return self.view.pull(core, squared=squared)
+        return self.view.transpose(core, squared=squared)

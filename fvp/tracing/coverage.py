@@ -5,8 +5,8 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Iterator, Mapping
 
-from fvp.layers.capture import Capture
-from fvp.layers.uses import Use
+from fvp.tracing.capture import Capture
+from fvp.tracing.uses import ParameterUse
 
 
 @dataclasses.dataclass(frozen=True)
@@ -38,23 +38,27 @@ class Coverage:
         return "\n".join(f"{a:<{widths[0]}}  {b:<{widths[1]}}  {c}" for a, b, c in cells)
 
 
-def coverage_of(layers: Capture, unserved: Mapping[int, str] | None = None) -> Coverage:
-    """The uses found for each parameter, in words; ``unserved`` leaves have one row by row."""
-    rows, unserved = [], unserved or {}
+def coverage_of(layers: Capture, unhandled: Mapping[int, str] | None = None) -> Coverage:
+    """The uses found for each parameter, in words.
+
+    ``unhandled`` leaves, with the reason, are differentiated row by row, as those of unmatched uses
+    are, and all where the model mixes examples.
+    """
+    lines, unhandled = [], unhandled or {}
     for leaf, (path, shape) in enumerate(zip(layers.paths, layers.shapes, strict=True)):
-        lost = [use for use in layers.lost if use.view.leaf == leaf]
+        unmatched = [use for use in layers.unmatched if use.view.leaf == leaf]
         uses = [use for use in layers.uses if use.view.leaf == leaf]
-        if lost or leaf in unserved:
-            words = f"row by row: {unserved.get(leaf) or lost[0].primitive}"
+        if unmatched or leaf in unhandled:
+            words = f"row by row: {unhandled.get(leaf) or unmatched[0].primitive}"
         elif layers.mixed is not None and uses:
             words = f"row by row: {layers.mixed.primitive}"
         else:
             words = " + ".join(_counted(layers, uses)) or "unused"
-        rows.append((path, shape.shape, words))
-    return Coverage(tuple(rows))
+        lines.append((path, shape.shape, words))
+    return Coverage(tuple(lines))
 
 
-def _counted(layers: Capture, uses: list[Use]) -> list[str]:
+def _counted(layers: Capture, uses: list[ParameterUse]) -> list[str]:
     names = []
     for use in uses:
         owner = "" if use.joined is None else f" of {layers.paths[use.joined.view.leaf]}"
@@ -63,14 +67,14 @@ def _counted(layers: Capture, uses: list[Use]) -> list[str]:
     return [name if names.count(name) == 1 else f"{names.count(name)} {name}" for name in unique]
 
 
-def treatment(use: Use) -> str:
+def treatment(use: ParameterUse) -> str:
     """The kind of a use, and the primitives that the parameter goes through on its way there."""
     names = [name for function in use.view.functions for name in function.names]
     names += ["mul"] * use.view.weighted
     through = ", ".join(dict.fromkeys(names))
     groups = use.layout.shape[0]
     kind = use.kind
-    if kind in ("shift", "scale") and groups > 1 and use.joined is None:
+    if use.is_elementwise and groups > 1 and use.joined is None:
         kind += f" in {groups} blocks"
     return f"{kind} through {through}" if through else kind
 
@@ -98,7 +102,7 @@ def check_covered(layers: Capture, fallback: str | None) -> None:
             f"model_fn: the examples cannot be followed through {mixed.primitive!r}, for which"
             f" there is no rule ({', '.join(layers.paths)}); {hint}."
         )
-    for use in layers.lost:
+    for use in layers.unmatched:
         raise ValueError(
             f"{layers.paths[use.view.leaf]}: there is no layer rule for its use in"
             f" {use.primitive!r}, on a value of shape {use.view.shape}; {hint}, or"

@@ -6,15 +6,17 @@ the leaves by the derivative of that function, which is the same for all example
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Callable, Sequence
+
+from jax import Array
 
 from fvp.compatibility import bind
-from fvp.layers.values import Node, Value
-from fvp.layers.views import Function, View
+from fvp.tracing.parameter_views import ParameterView
+from fvp.tracing.steps import Function
+from fvp.tracing.values import Node, Value
 
 
-def derived(value: Value) -> tuple[View, ...] | None:
+def derived(value: Value) -> tuple[ParameterView, ...] | None:
     """The views that ``value`` is, one for each parameter it was computed from.
 
     None where it depends on something that differs from step to step of a scan and is no slice of
@@ -22,20 +24,20 @@ def derived(value: Value) -> tuple[View, ...] | None:
     """
     steps, bases = _ancestors(value)
     local = [base for base in bases if base.level > 0]
-    if any(base.point is None for base in local) or any(not base.views for base in local):
+    if any(base.point is None or not base.views for base in local):
         return None
+    names = tuple(dict.fromkeys(node.equation.primitive.name for _, node in steps))
     views = []
     for base in bases:
+        arguments = local if base in local else [base]
+        function = _replayed(value, steps, arguments)
+        points = tuple(x for x in (other.point for other in arguments) if x is not None)
+        step = Function(function, points, arguments.index(base), names)
         for view in base.views:
             same = all(other.views[0].stacks == view.stacks for other in local)
             if not view.pure or not same:
                 return None
-            points = local if base in local else [base]
-            function = _replayed(value, steps, points)
-            names = tuple(dict.fromkeys(node.equation.primitive.name for _, node in steps))
-            arguments = tuple(other.point for other in points)
-            op = Function(function, arguments, points.index(base), names)
-            views.append(view.absorbed().then(("function", op), value.x.shape))
+            views.append(view.absorbed().then(step, value.x.shape))
     return tuple(views)
 
 
@@ -55,10 +57,12 @@ def _ancestors(value: Value) -> tuple[list[tuple[Value, Node]], list[Value]]:
     return steps, [v for v in found.values() if v.node is None]
 
 
-def _replayed(value: Value, steps: Sequence[tuple[Value, Node]], bases: Sequence[Value]) -> Any:
+def _replayed(
+    value: Value, steps: Sequence[tuple[Value, Node]], bases: Sequence[Value]
+) -> Callable[..., Array]:
     """``value`` as a function of the values that it starts from."""
 
-    def function(*arguments: Any) -> Any:
+    def function(*arguments: Array) -> Array:
         env = {id(base): x for base, x in zip(bases, arguments, strict=True)}
         read = lambda v: env.get(id(v), v.x)
         for step, node in steps:

@@ -1,8 +1,8 @@
 """Evaluating a jaxpr while following its parameters to their uses.
 
-Every use's output gets a *tap*, an added zero: the derivative with respect to it is the cotangent
-of that output. The other operand of the use is recorded. Calls are evaluated in place, scans and
-conditionals with the taps passed into them and the records passed out.
+Every use's output gets a *perturbation*, an added zero: the derivative with respect to it is the
+cotangent of that output. The other operand of the use is recorded. Calls are evaluated inline,
+scans and conditionals with the perturbations passed into them and the records passed out.
 """
 
 from __future__ import annotations
@@ -19,42 +19,51 @@ from jax.core import Tracer
 from jax.extend.core import Literal
 
 from fvp.compatibility import JIT, bind
-from fvp.layers import control_flow
-from fvp.layers.derivative_rules import CUSTOM_RULES, rule_is_of_body
-from fvp.layers.derived import derived
-from fvp.layers.place_rules import ELEMENTWISE, AnyPlace, Place
-from fvp.layers.places import inner_jaxpr, propagate
-from fvp.layers.structure import structural
-from fvp.layers.uses import Use, classify, shift
-from fvp.layers.values import Node, Record, Value
-from fvp.layers.views import View
+from fvp.tracing import control_flow
+from fvp.tracing.batch_axes import AxisInfo
+from fvp.tracing.batch_axis_rules import ELEMENTWISE
+from fvp.tracing.derivative_rules import CUSTOM_RULES, rule_is_of_body
+from fvp.tracing.derived import derived
+from fvp.tracing.jaxprs import Equation, Jaxpr, inner_jaxpr
+from fvp.tracing.layer_rules import classify, shift
+from fvp.tracing.parameter_views import ParameterView
+from fvp.tracing.propagation import propagate
+from fvp.tracing.sources import moved, recorded_operand, source_of
+from fvp.tracing.steps import Shape
+from fvp.tracing.structure import Operand, structural
+from fvp.tracing.uses import ParameterUse
+from fvp.tracing.values import Node, Record, Value
 
-_MOVES = frozenset(
-    ("reshape", "squeeze", "expand_dims", "transpose", "convert_element_type", "copy", "name")
-)
+Axes = tuple[AxisInfo, ...]  # one for each batch axis
+Views = tuple[ParameterView, ...]
+
 # Where each axis of every operand that is an array is that axis of the output.
 _ALIGNED = ELEMENTWISE | {"concatenate", "dynamic_update_slice"}
 
 
 class Interpreter:
-    """Evaluates jaxprs; collects uses with their inputs, and the views that went out of sight.
+    """Evaluates jaxprs; collects uses with their inputs, and those that no rule follows.
 
     Args:
       counts: the number of examples along each batch axis.
-      taps: the arrays to add to the outputs of the uses, in the order of :attr:`records`; None to
-        add nothing.
+      perturbations: the arrays to add to the outputs of the uses, in the order of :attr:`records`;
+        None to add nothing.
       level: how many scans and conditionals this is inside of: values do not outlive them.
     """
 
     def __init__(
-        self, counts: Sequence[int], taps: Sequence[Any] | None = None, level: int = 0
+        self, counts: Sequence[int], perturbations: Sequence[Any] | None = None, level: int = 0
     ) -> None:
         self.counts = tuple(counts)
         self.level = level
         self.records: list[Record] = []
-        self._taps = None if taps is None else iter(taps)
+        self._perturbations = None if perturbations is None else iter(perturbations)
 
-    def run(self, jaxpr: Any, consts: Sequence[Any], inputs: Sequence[Value]) -> list[Value]:
+    def child(self, perturbations: Sequence[Any] | None) -> Interpreter:
+        """An interpreter of the body of a scan or of a branch."""
+        return Interpreter(self.counts, perturbations, self.level + 1)
+
+    def run(self, jaxpr: Jaxpr, consts: Sequence[Any], inputs: Sequence[Value]) -> list[Value]:
         """Values of the outputs of ``jaxpr``."""
         reads = collections.Counter(
             atom
@@ -81,7 +90,7 @@ class Interpreter:
             env.update(zip(eqn.outvars, outputs, strict=True))
         return [read(atom) for atom in jaxpr.outvars]
 
-    def _equation(self, eqn: Any, inputs: list[Value]) -> list[Value]:
+    def _equation(self, eqn: Equation, inputs: list[Value]) -> list[Value]:
         name, inner = eqn.primitive.name, inner_jaxpr(eqn)
         viewed = any(value.views for value in inputs)
         free = all(value.free for value in inputs)
@@ -97,26 +106,20 @@ class Interpreter:
             return control_flow.scan(self, eqn, inputs)
         if name == "cond" and viewed and not inputs[0].views:
             return control_flow.cond(self, eqn, inputs)
-        places = self.places_after(eqn, inputs)
+        batch_axes = self.batch_axes_after(eqn, inputs)
         if not viewed:
-            return self._moved(eqn, inputs, places)
-        uses, inputs = self._uses(eqn, inputs, places[0])
-        outputs = self._bind(eqn, inputs, places)
+            outputs = self._bind(eqn, inputs, batch_axes)
+            outputs[0].source = moved(eqn, inputs[0].source)
+            return outputs
+        uses, inputs = self._uses(eqn, inputs, batch_axes[0])
+        outputs = self._bind(eqn, inputs, batch_axes)
         for use, operand in uses:
             self._record(use, operand, outputs[0])
-        if len(uses) == 1 and uses[0][0].kind not in ("shift", "scale"):
-            (use, _) = uses[0]
-            features = tuple(Place(d) for d in use.features if use.shape[d] > 1)
-            outputs[0].source = use, features
+        if len(uses) == 1 and not uses[0][0].is_elementwise:
+            outputs[0].source = source_of(uses[0][0])
         return outputs
 
-    def _moved(self, eqn: Any, inputs: list[Value], places: Any) -> list[Value]:
-        outputs = self._bind(eqn, inputs, places)
-        if eqn.primitive.name in _MOVES and inputs[0].source is not None:
-            outputs[0].source = _moved(eqn, inputs[0].source)
-        return outputs
-
-    def _free(self, eqn: Any, inputs: list[Value]) -> list[Value]:
+    def _free(self, eqn: Equation, inputs: list[Value]) -> list[Value]:
         """An equation that the batch has no part in: its outputs are views."""
         outputs = self._bind(eqn, inputs, [(None,) * len(self.counts)] * len(eqn.outvars))
         views = self._structural(eqn, inputs)
@@ -130,18 +133,20 @@ class Interpreter:
             known = derived(output) if views is None else views[i]
             if known is None:
                 for value in inputs:
-                    self.lose(value, eqn.primitive.name)
+                    self.leave_unmatched(value, eqn.primitive.name)
             output.views = known or ()
         return outputs
 
-    def _structural(self, eqn: Any, inputs: list[Value]) -> list[tuple[View, ...]] | None:
+    def _structural(
+        self, eqn: Equation, inputs: list[Value]
+    ) -> list[tuple[ParameterView, ...]] | None:
         """For each output its views, where the equation does no more than rearrange."""
-        collected: list[tuple[View, ...]] = [()] * len(eqn.outvars)
+        collected: list[Views] = [()] * len(eqn.outvars)
         for position, value in enumerate(inputs):
             rest = [v for i, v in enumerate(inputs) if i != position]
             others = [self._multiplier(v) for v in rest]
             for view in value.views:
-                views = structural(eqn, position, view, others)
+                views = structural(Operand(eqn, position, view), others)
                 if views is None or len(views) != len(collected):
                     return None
                 collected = [(*old, new) for old, new in zip(collected, views, strict=True)]
@@ -155,74 +160,78 @@ class Interpreter:
             return value.x
         return None if isinstance(value.x, Tracer) else np.asarray(value.x)
 
-    def _uses(self, eqn: Any, inputs: list[Value], places: Any) -> tuple[list[Any], list[Value]]:
+    def _uses(
+        self, eqn: Equation, inputs: list[Value], batch_axes: Axes
+    ) -> tuple[list[tuple[ParameterUse, Any]], list[Value]]:
         """The uses that ``eqn`` makes of its operands with their inputs, and what it then reads."""
         name, inputs = eqn.primitive.name, list(inputs)
         positions = [i for i, value in enumerate(inputs) if value.views]
-        uses: list[Any] = []
+        uses: list[tuple[ParameterUse, Any]] = []
         for position in positions:
             found = []
             if len(positions) == 1:
                 views = inputs[position].views
-                found = [classify(eqn, position, view, places) for view in views]
+                found = [classify(eqn, position, view, batch_axes) for view in views]
             if not any(map(_differentiable, (var.aval for var in eqn.outvars))):
                 continue
             if jnp.issubdtype(inputs[position].x.dtype, jnp.complexfloating):
-                self.lose(inputs[position], name)
+                self.leave_unmatched(inputs[position], name)
             elif found and all(use.kind != "other" for use in found):
                 operand = inputs[1 - position]
-                uses += [(use, _input_of(use, operand)) for use in found]
+                uses += [(use, recorded_operand(use, operand)) for use in found]
             elif name in _ALIGNED:
                 shape = eqn.outvars[0].aval.shape if name in ELEMENTWISE else None
-                inputs[position] = self.materialize(inputs[position], name, places, shape)
+                inputs[position] = self.materialize(inputs[position], name, batch_axes, shape)
             else:
-                self.lose(inputs[position], name)
+                self.leave_unmatched(inputs[position], name)
         return uses, inputs
 
     def materialize(
-        self, value: Value, primitive: str, places: tuple[AnyPlace, ...], shape: Any = None
+        self, value: Value, primitive: str, batch_axes: Axes, shape: Shape | None = None
     ) -> Value:
-        """The value with a tap of its own at ``places``: its gradient is the tap's cotangent.
+        """The value as data with these batch axes, with a perturbation to read its gradient from.
 
         It is repeated to ``shape`` first, as elementwise primitives do.
         """
         x, old = jnp.asarray(value.x), jnp.shape(value.x)
         if shape is not None:
             x = jnp.broadcast_to(x, shape)
-        result = Value(x, places, level=self.level)
+        result = Value(x, batch_axes, level=self.level)
         for view in value.views:
-            self._record(shift(view.spread(old, x.shape), primitive, places, x), (), result)
+            self._record(shift(view.spread(old, x.shape), primitive, batch_axes, x), (), result)
         return result
 
-    def _record(self, use: Use, operand: Any, output: Value) -> None:
+    def _record(self, use: ParameterUse, operand: Any, output: Value) -> None:
         self.records.append(Record(use, operand))
-        if self._taps is not None:
-            tap = next(self._taps)
-            output.x = output.x if use.kind == "other" else output.x + tap
+        if self._perturbations is not None:
+            perturbation = next(self._perturbations)
+            output.x = output.x if use.kind == "other" else output.x + perturbation
 
-    def lose(self, value: Value, primitive: str) -> None:
-        """Notes that a parameter went where no rule follows."""
+    def leave_unmatched(self, value: Value, primitive: str) -> None:
+        """Records a use of a parameter that no rule follows."""
         for view in value.views:
-            use = Use("other", view, primitive, value.places, ())
+            use = ParameterUse("other", view, primitive, value.batch_axes, ())
             self.records.append(Record(use, ()))
-            if self._taps is not None:
-                next(self._taps)
+            if self._perturbations is not None:
+                next(self._perturbations)
 
-    def places_after(self, eqn: Any, inputs: list[Value]) -> list[tuple[AnyPlace, ...]]:
+    def batch_axes_after(self, eqn: Equation, inputs: list[Value]) -> list[Axes]:
+        """Where the batch axes are in the outputs of ``eqn``."""
         columns = [
-            propagate(eqn, [value.places[i] for value in inputs], count)
+            propagate(eqn, [value.batch_axes[i] for value in inputs], count)
             for i, count in enumerate(self.counts)
         ]
         return list(zip(*columns, strict=True)) if columns else [()] * len(eqn.outvars)
 
-    def _bind(self, eqn: Any, inputs: list[Value], places: Any) -> list[Value]:
+    def _bind(self, eqn: Equation, inputs: list[Value], batch_axes: Sequence[Axes]) -> list[Value]:
         out = bind(eqn, [value.x for value in inputs])
-        return [Value(x, p, level=self.level) for x, p in zip(out, places, strict=True)]
+        return [Value(x, axes, level=self.level) for x, axes in zip(out, batch_axes, strict=True)]
 
-    def take_taps(self, records: Sequence[Any]) -> Any:
-        if self._taps is None:
+    def take_perturbations(self, records: Sequence[Record]) -> list[Any] | None:
+        """Those of ``records``, which a body is about to record."""
+        if self._perturbations is None:
             return None
-        return [next(self._taps) for _ in records]
+        return [next(self._perturbations) for _ in records]
 
 
 _serials = itertools.count()
@@ -231,27 +240,3 @@ _serials = itertools.count()
 def _differentiable(x: Any) -> bool:
     """Whether anything depends on ``x`` smoothly: not on a comparison, nor on no numbers at all."""
     return jnp.issubdtype(x.dtype, jnp.inexact) and x.size > 0
-
-
-def _input_of(use: Use, operand: Value) -> Any:
-    """What is recorded of the other operand of a use; a shift keeps the use that it belongs to."""
-    if use.kind == "shift":
-        if jnp.shape(operand.x) == use.shape:
-            use.joined = _shifted(use, operand.source)
-        return ()
-    x = jnp.asarray(operand.x)
-    return use.read_input(x) if use.kind == "scale" else x
-
-
-def _moved(eqn: Any, source: tuple[Use, tuple[Place, ...]]) -> Any:
-    """The source of a rearranged output, where its features stay whole."""
-    use, features = source
-    sizes = [use.shape[d] for d in use.features if use.shape[d] > 1]
-    moved = [propagate(eqn, [f], n)[0] for f, n in zip(features, sizes, strict=True)]
-    return (use, tuple(moved)) if all(isinstance(f, Place) for f in moved) else None
-
-
-def _shifted(use: Use, source: tuple[Use, tuple[Place, ...]] | None) -> Use | None:
-    """The use that a shift belongs to: it shifts exactly the features of that use's output."""
-    mine = tuple(Place(d) for d in use.features if use.shape[d] > 1)
-    return source[0] if source is not None and source[1] == mine else None

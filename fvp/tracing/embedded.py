@@ -5,20 +5,20 @@ Such a use reads the inputs and outputs that meet the parameter, and no others.
 
 from __future__ import annotations
 
-from typing import Any
-
 import jax.numpy as jnp
 import numpy as np
+from jax import Array
 
-from fvp.layers.uses import Use
+from fvp.tracing.steps import Shape
+from fvp.tracing.uses import ParameterUse
 
 
-def restrict(use: Use, shape: tuple[int, ...]) -> None:
+def restrict(use: ParameterUse, shape: Shape) -> None:
     """Makes ``use``, of a leaf of ``shape``, one of that leaf alone.
 
     Its kind becomes "partial", without a rule, if it can't be; "nothing" if it reads none of it.
     """
-    if use.kind == "other" or not use.embedded or use.view.functions:
+    if use.kind == "other" or not use.view.embedded or use.view.functions:
         return
     present = use.layout.entries(shape) >= 0
     if not present.any():
@@ -39,12 +39,12 @@ def restrict(use: Use, shape: tuple[int, ...]) -> None:
     use.read_output = lambda y: pick(read_output(y), kept[2])
     if use.kind == "lookup":
         use.read_input = lambda x: _renumbered(read_input(x), kept[1], whole[1])
-    elif use.kind not in ("shift", "scale"):
+    elif not use.is_elementwise:
         use.read_input = lambda x: pick(read_input(x), kept[1])
 
 
-def _renumbered(rows: Any, kept: np.ndarray, size: int) -> Any:
-    """Row numbers among those ``kept`` of ``size``; one past the last for all others."""
-    number = np.full(size + 1, len(kept))
-    number[kept] = np.arange(len(kept))
-    return jnp.asarray(number)[rows]
+def _renumbered(numbers: Array, kept: np.ndarray, size: int) -> Array:
+    """Numbers of inputs among those ``kept`` of ``size``; one past the last for all others."""
+    renumbered = np.full(size + 1, len(kept))
+    renumbered[kept] = np.arange(len(kept))
+    return jnp.asarray(renumbered)[numbers]

@@ -3,11 +3,17 @@
 from __future__ import annotations
 
 import dataclasses
-from typing import Any
+from typing import Any, TypeAlias
 
-from fvp.layers.place_rules import AnyPlace, Place
-from fvp.layers.uses import Use
-from fvp.layers.views import View
+from jax import Array
+
+from fvp.tracing.batch_axes import AxisInfo, BatchAxis
+from fvp.tracing.jaxprs import Equation
+from fvp.tracing.parameter_views import ParameterView
+from fvp.tracing.uses import ParameterUse
+
+#: A use whose output a value is, and where the features of that output are in it.
+Source: TypeAlias = tuple[ParameterUse, tuple[BatchAxis, ...]]
 
 
 @dataclasses.dataclass(eq=False)
@@ -16,27 +22,27 @@ class Value:
 
     Attributes:
       x: the array or tracer.
-      places: where each batch axis is.
+      batch_axes: where each batch axis of the model's output is in it.
       views: how it depends on parameters, where it does not depend on the batch: its derivative is
         the sum of theirs.
-      source: a use whose output this is, unread by anything else, and where its features are.
+      source: where the value is the output of a use, moved or not, and nothing else reads it.
       level: 0 where ``x`` is known outside of all scans and branches, else how deep inside.
       node: how it was computed, where the batch had no part in it.
       slices: of a slice that a scan makes of a value of level 0, that value.
     """
 
-    x: Any
-    places: tuple[AnyPlace, ...]
-    views: tuple[View, ...] = ()
-    source: tuple[Use, tuple[Place, ...]] | None = None
+    x: Array
+    batch_axes: tuple[AxisInfo, ...]
+    views: tuple[ParameterView, ...] = ()
+    source: Source | None = None
     level: int = 0
     node: Node | None = None
-    slices: Any = None
+    slices: Array | None = None
 
     @property
     def free(self) -> bool:
         """Whether the batch has no part in it."""
-        return all(place is None for place in self.places)
+        return all(axis is None for axis in self.batch_axes)
 
     @property
     def constant(self) -> bool:
@@ -44,7 +50,7 @@ class Value:
         return self.free and not self.views and self.level == 0
 
     @property
-    def point(self) -> Any:
+    def point(self) -> Array | None:
         """The value, or all slices that it is one of, as known outside of all scans; or None."""
         return self.x if self.level == 0 else self.slices
 
@@ -53,7 +59,7 @@ class Value:
 class Node:
     """Output number ``output`` of an equation; ``serial`` orders the equations of a program."""
 
-    equation: Any
+    equation: Equation
     inputs: list[Value]
     output: int
     serial: int
@@ -67,6 +73,6 @@ class Record:
     axes of the scans around it; None outside of conditionals.
     """
 
-    use: Use
+    use: ParameterUse
     operand: Any
-    active: Any = None
+    active: Array | None = None

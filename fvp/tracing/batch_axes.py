@@ -1,0 +1,60 @@
+"""Where a batch axis of the output is in a value.
+
+A :class:`BatchAxis` promises that each entry of the value depends on one example only, and says on
+which. :class:`Mixed` promises nothing and names the primitive where examples met, or that no rule
+follows. A value that does not depend on the batch has None.
+"""
+
+from __future__ import annotations
+
+import functools
+import math
+from collections.abc import Sequence
+from typing import NamedTuple, TypeAlias
+
+
+class BatchAxis(NamedTuple):
+    """Entry i of axis ``dim`` belongs to example (i // inner) % count.
+
+    Inside of scans a negative ``dim`` is a scan whose steps are the entries: -1 is the innermost.
+    """
+
+    dim: int
+    inner: int = 1
+
+
+class Mixed(NamedTuple):
+    """Examples met at this primitive, or, where it is not ``ruled``, nothing is known of it."""
+
+    primitive: str
+    ruled: bool = True
+
+
+AxisInfo: TypeAlias = BatchAxis | Mixed | None
+
+
+def join(a: AxisInfo, b: AxisInfo, primitive: str) -> AxisInfo:
+    """The batch axis of a value that reads ``a`` and ``b`` entry by entry."""
+    if a is None or b is None or a == b:
+        return b if a is None else a
+    return next((p for p in (a, b) if isinstance(p, Mixed)), Mixed(primitive))
+
+
+def join_all(axes: Sequence[AxisInfo], primitive: str) -> AxisInfo:
+    """The batch axis of a value that reads all of ``axes`` entry by entry."""
+    return functools.reduce(lambda a, b: join(a, b, primitive), axes, None)
+
+
+def reshaped(
+    axis: BatchAxis, old: Sequence[int], new: Sequence[int], count: int
+) -> BatchAxis | None:
+    """The batch axis after a row-major reshape; None where it is torn apart."""
+    stride = axis.inner * math.prod(old[axis.dim + 1 :])
+    below = 1
+    for dim in reversed(range(len(new))):
+        above = below * new[dim]
+        if new[dim] > 1 and below <= stride < above:
+            fits = stride % below == 0 and above % (stride * count) == 0
+            return BatchAxis(dim, stride // below) if fits else None
+        below = above
+    return None if count > 1 or not len(new) else BatchAxis(0)
