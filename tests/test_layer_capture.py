@@ -11,6 +11,7 @@ from dense import relative_error
 from models import MODELS, affine, conv, layer, normal, weight
 
 import fvp
+from fvp.layers.groups import GroupGradients
 from fvp.tracing.capture import capture
 from fvp.tracing.coverage import coverage_of
 

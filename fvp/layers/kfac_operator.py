@@ -16,7 +16,7 @@ from jax.typing import ArrayLike
 
 from fvp.checks import check_like, check_nonnegative
 from fvp.compilation import compiled_when_eager
-from fvp.layers.kronecker import (
+from fvp.layers.kronecker import check_damping_rule, (
     EigenInverse,
     FactorInverse,
     KroneckerBlock,
