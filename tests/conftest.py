@@ -36,21 +36,17 @@ def programs(request):
     """How the programs of a file are compiled, and for how long they are kept.
 
     Tests of values spend their time in compilation: a module that sets COMPILE_QUICKLY leaves out
-    most optimizations, and one that sets COMPILE_KERNELS_QUICKLY keeps LLVM's. Without those a
-    maximum may equal none of the values it was taken of, since each is computed twice and rounded
-    in two ways, and its derivative is then 0 / 0. Whatever reads bits of a result sets neither, or
-    has the mark `compile_in_full`; the flops and the memory of a program are settled before LLVM
-    sees it. JAX takes the options of its compiler with each `jax.jit` alone, and most programs here
-    are the library's own: hence the patch of a private function. A version of JAX without it
-    compiles in full, and more slowly.
+    most optimizations. Its tests that read bits have the mark `compile_in_full`, and those of
+    models that take a maximum: without LLVM's optimizations that may equal none of the values it
+    was taken of, since each is computed twice and rounded in two ways, and its derivative is then
+    0 / 0. The flops and the memory of a program are settled before LLVM sees it. JAX takes the
+    options of its compiler with each `jax.jit` alone, and most programs here are the library's own:
+    hence the patch of a private function. A version of JAX without it compiles in full, and more
+    slowly.
     """
-    from dense import QUICK_KERNELS, QUICKLY
+    from dense import QUICKLY
 
-    options = {}
-    if getattr(request.module, "COMPILE_QUICKLY", False):
-        options |= QUICKLY
-    elif getattr(request.module, "COMPILE_KERNELS_QUICKLY", False):
-        options |= QUICK_KERNELS
+    options = dict(QUICKLY) if getattr(request.module, "COMPILE_QUICKLY", False) else {}
     compiler = importlib.import_module("jax._src.compiler")
     original = getattr(compiler, "get_compile_options", None)
 
