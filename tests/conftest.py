@@ -12,6 +12,23 @@ jax.config.update("jax_num_cpu_devices", 8)
 def pytest_configure(config):
     # A warning of the library is a message to its user, so no test may cause one unnoticed.
     config.addinivalue_line("filterwarnings", "error")
+    config.addinivalue_line("markers", "compile_in_full: whatever flag the module sets")
+    keep_programs(config)
+
+
+def keep_programs(config):
+    """Compiled programs are kept beside pytest's own cache, for the next files and the next run.
+
+    A program is found by its text, the options and the version of its compiler, so that none is out
+    of date. `--cache-clear` deletes them.
+    """
+    if getattr(config, "cache", None) is None:
+        return
+    # Two processes may write one program at a time; who reads half of it compiles it.
+    config.addinivalue_line("filterwarnings", "ignore:Error (reading|writing) persistent")
+    jax.config.update("jax_compilation_cache_dir", str(config.cache.mkdir("programs")))
+    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
+    jax.config.update("jax_persistent_cache_min_entry_size_bytes", -1)
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -19,20 +36,17 @@ def programs(request):
     """How the programs of a file are compiled, and for how long they are kept.
 
     Tests of values spend their time in compilation: a module that sets COMPILE_QUICKLY leaves out
-    most optimizations, and one that sets COMPILE_KERNELS_QUICKLY keeps LLVM's. Without those a
-    maximum may equal none of the values it was taken of, since each is computed twice and rounded
-    in two ways, and its derivative is then 0 / 0. Whatever reads flops, memory or bits of a program
-    sets neither. JAX takes the options of its compiler with each `jax.jit` alone, and most programs
-    here are the library's own: hence the patch of a private function. A version of JAX without it
-    compiles in full, and more slowly.
+    most optimizations. Its tests that read bits have the mark `compile_in_full`, and those of
+    models that take a maximum: without LLVM's optimizations that may equal none of the values it
+    was taken of, since each is computed twice and rounded in two ways, and its derivative is then
+    0 / 0. The flops and the memory of a program are settled before LLVM sees it. JAX takes the
+    options of its compiler with each `jax.jit` alone, and most programs here are the library's own:
+    hence the patch of a private function. A version of JAX without it compiles in full, and more
+    slowly.
     """
-    from dense import QUICK_KERNELS, QUICKLY
+    from dense import QUICKLY
 
-    options = {}
-    if getattr(request.module, "COMPILE_QUICKLY", False):
-        options = QUICKLY
-    elif getattr(request.module, "COMPILE_KERNELS_QUICKLY", False):
-        options = QUICK_KERNELS
+    options = dict(QUICKLY) if getattr(request.module, "COMPILE_QUICKLY", False) else {}
     compiler = importlib.import_module("jax._src.compiler")
     original = getattr(compiler, "get_compile_options", None)
 
@@ -42,8 +56,22 @@ def programs(request):
     with pytest.MonkeyPatch.context() as patch:
         if original is not None:
             patch.setattr(compiler, "get_compile_options", get_compile_options)
-        yield
+        yield options
     # A process that keeps the compiled programs of all files runs out of memory maps.
+    jax.clear_caches()
+
+
+@pytest.fixture(autouse=True)
+def program(request, programs):
+    """Nothing compiled of a test marked `compile_in_full` is shared with others."""
+    if request.node.get_closest_marker("compile_in_full") is None:
+        yield
+        return
+    jax.clear_caches()
+    flags = dict(programs)
+    programs.clear()
+    yield
+    programs.update(flags)
     jax.clear_caches()
 
 

@@ -87,6 +87,7 @@ def losses(devices):
 if __name__ == "__main__":
     process, count, port = map(int, sys.argv[1:])
     jax.config.update("jax_platforms", "cpu")
+    jax.config.update("jax_disable_most_optimizations", True)  # it is compiled and hardly run
     jax.config.update("jax_num_cpu_devices", 2)
     jax.config.update("jax_cpu_collectives_implementation", "gloo")
     jax.distributed.initialize(f"127.0.0.1:{port}", count, process, initialization_timeout=120)

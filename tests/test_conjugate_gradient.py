@@ -7,6 +7,8 @@ import pytest
 
 import fvp
 
+COMPILE_QUICKLY = True
+
 
 def symmetric(eigenvalues, seed=0):
     """A float64 matrix with these eigenvalues and random eigenvectors."""
@@ -151,6 +153,7 @@ SCALE_CASES = {
 }
 
 
+@pytest.mark.compile_in_full
 @pytest.mark.parametrize("case", SCALE_CASES)
 def test_power_of_two_scales_the_float32_solution_to_the_last_bit(case):
     name, options = SCALE_CASES[case]
@@ -170,6 +173,7 @@ def test_power_of_two_scales_the_float32_solution_to_the_last_bit(case):
         assert not np.isnan(scaled.curvature)
 
 
+@pytest.mark.compile_in_full
 @pytest.mark.parametrize(
     ("dtype", "exponents"),
     [(jnp.bfloat16, (-100, 100)), (jnp.float16, (-6, 6)), (jnp.float64, (-900, 900))],
@@ -187,6 +191,7 @@ def test_power_of_two_scales_the_solution_in_every_dtype(dtype, exponents):
         assert int(scaled.iterations) == int(info.iterations)
 
 
+@pytest.mark.compile_in_full
 def test_power_of_two_scales_the_warm_started_solution_too():
     matrix, rhs = MATRICES["well_conditioned"].astype(np.float32), vector(40, dtype=np.float32)
     x0 = vector(40, 2, np.float32)
@@ -329,6 +334,7 @@ def test_model_value_curvature_and_residual_equal_their_dense_forms(warm, dampin
     )
     x, damped = np.asarray(x), matrix + damping * np.eye(40)
     np.testing.assert_allclose(info.curvature, x @ matrix @ x, rtol=1e-10)
+    np.testing.assert_allclose(info.damping_term, damping * x @ x, rtol=1e-10)
     np.testing.assert_allclose(info.model_value, 0.5 * x @ damped @ x - rhs @ x, rtol=1e-10)
     residual_norm = np.linalg.norm(rhs - damped @ x)
     np.testing.assert_allclose(info.residual_norm, residual_norm, rtol=1e-6, atol=1e-11)
@@ -345,7 +351,7 @@ def test_record_holds_scalar_arrays_of_fixed_types():
         )
         assert info.iterations.dtype == jnp.int32
         assert info.converged.dtype == info.breakdown.dtype == jnp.bool_
-        for field in (info.residual_norm, info.model_value, info.curvature):
+        for field in (info.residual_norm, info.model_value, info.curvature, info.damping_term):
             assert field.dtype == wide
         assert all(leaf.shape == () for leaf in jax.tree.leaves(info))
 

@@ -10,6 +10,8 @@ import pytest
 import fvp
 from fvp.curvature.convolutions import fast_convolutions
 
+COMPILE_QUICKLY = True
+
 LAYOUTS = {
     "1-d, channels first": ((2, 3, 9), (4, 3, 3), ("NCH", "OIH", "NCH"), {}),
     "2-d": ((2, 7, 6, 3), (3, 3, 3, 4), ("NHWC", "HWIO", "NHWC"), {}),

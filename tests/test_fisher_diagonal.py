@@ -7,11 +7,11 @@ import pytest
 from dense import CASES, mlp, parameters, reference, relative_error
 from jax.flatten_util import ravel_pytree
 from models import MODELS
-from test_models import dense, problem
+from test_models import dense, every_model, problem
 
 import fvp
 
-COMPILE_KERNELS_QUICKLY = True
+COMPILE_QUICKLY = True
 
 MIXING = {
     "mixture_of_experts": "sort",
@@ -21,7 +21,7 @@ MIXING = {
 }
 
 
-@pytest.mark.parametrize("name", MODELS)
+@every_model
 def test_equals_the_dense_diagonal(name):
     model_fn, params, batch, _, weights = problem(name)
     head = MODELS[name].case.head

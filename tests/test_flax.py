@@ -1,5 +1,7 @@
 """The Flax helpers: curvature and gradient see one function, inside Flax's own tools."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -15,6 +17,8 @@ linen = pytest.importorskip("flax.linen", reason="tests of the Flax helpers")
 
 import fvp.linen  # noqa: E402
 import fvp.nnx  # noqa: E402
+
+COMPILE_QUICKLY = True
 
 HEAD, STEPS = fvp.Softmax(), 5
 RNG = np.random.default_rng(0)
@@ -45,16 +49,21 @@ def injected():
     return make(optax.constant_schedule(0.5), model_fn=fvp.nnx.model_fn, head=HEAD, maxiter=5)
 
 
+def nested():
+    chain = optax.chain(optax.clip_by_global_norm(10.0), transform())
+    return optax.MultiSteps(optax.apply_if_finite(chain, 3), 2)
+
+
 WRAPPED = {
     "plain": transform,
-    "chain": lambda: optax.chain(optax.clip_by_global_norm(10.0), transform()),
-    "MultiSteps": lambda: optax.MultiSteps(transform(), 2),
-    "apply_if_finite": lambda: optax.apply_if_finite(transform(), 3),
+    "chain in apply_if_finite in MultiSteps": nested,
     "inject_hyperparams": injected,
 }
 
 
-@pytest.mark.parametrize("wrapper", WRAPPED)
+@pytest.mark.parametrize(
+    "wrapper", [pytest.param("plain", marks=pytest.mark.compile_in_full), *list(WRAPPED)[1:]]
+)
 def test_curvature_and_gradient_logits_are_equal_to_the_last_bit(wrapper):
     net, traces = Net(nnx.Rngs(0)), []
     optimizer = nnx.Optimizer(net, WRAPPED[wrapper](), wrt=nnx.Param)
@@ -109,11 +118,14 @@ def test_chunks_split_the_inputs_and_share_the_rest():
     net = Net(nnx.Rngs(0))
     net.eval()
     batch, params = fvp.nnx.snapshot(net, X[0]), fvp.nnx.parameters(net)
-    whole = fvp.fisher(fvp.nnx.model_fn, HEAD, params, batch) @ params
-    chunked = fvp.fisher(
-        fvp.nnx.model_fn, HEAD, params, batch, chunk_size=5, batch_axes=fvp.nnx.BATCH_AXES
-    )
-    for a, b in zip(*map(jax.tree.leaves, (chunked @ params, whole)), strict=True):
+
+    @jax.jit
+    def both(params, batch):
+        arguments = fvp.nnx.model_fn, HEAD, params, batch
+        chunked = fvp.fisher(*arguments, chunk_size=5, batch_axes=fvp.nnx.BATCH_AXES)
+        return chunked @ params, fvp.fisher(*arguments) @ params
+
+    for a, b in zip(*map(jax.tree.leaves, both(params, batch)), strict=True):
         np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-6)
 
 
@@ -125,7 +137,8 @@ def test_linen_train_state_takes_the_step_of_the_transform():
             return linen.Dense(3)(linen.Dropout(0.4, deterministic=not train)(x))
 
     module = Classifier()
-    params = module.init(jax.random.key(0), X[0], train=False)["params"]
+    init = jax.jit(functools.partial(module.init, train=False))
+    params = init(jax.random.key(0), X[0])["params"]
 
     def model_fn(params, batch):
         rngs = {"dropout": batch["key"]}
@@ -134,10 +147,15 @@ def test_linen_train_state_takes_the_step_of_the_transform():
     tx = fvp.natural_gradient(0.5, model_fn, HEAD, damping=0.1, maxiter=5)
     state = fvp.linen.TrainState.create(apply_fn=module.apply, params=params, tx=tx)
     batch = {"x": X[0], "key": jax.random.key(1)}
-    grads = jax.grad(lambda p: HEAD.nll(model_fn(p, batch), Y[0]).mean())(params)
-    stepped = jax.jit(lambda state: state.apply_gradients(grads=grads, batch=batch))(state)
-    updates, _ = tx.update(grads, tx.init(params), params, batch=batch)
-    expected = optax.apply_updates(params, updates)
+    gradient = jax.grad(lambda p: HEAD.nll(model_fn(p, batch), Y[0]).mean())
+
+    @jax.jit
+    def both(state):
+        stepped = state.apply_gradients(grads=gradient(state.params), batch=batch)
+        updates, _ = tx.update(gradient(state.params), state.opt_state, state.params, batch=batch)
+        return stepped, optax.apply_updates(state.params, updates)
+
+    stepped, expected = both(state)
     for a, b in zip(*map(jax.tree.leaves, (stepped.params, expected)), strict=True):
         np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-6)
     assert stepped.step == 1
@@ -156,7 +174,7 @@ def test_flax_serialization_restores_the_state(kind):
         "averaged kfac": lambda: fvp.scale_by_kfac(model_fn, HEAD, example_batch=x),
     }[kind]()
     data = {"batch": x, "targets": jnp.arange(8) % 3}
-    _, state = tx.update(params, tx.init(params), params, **data)
+    _, state = jax.jit(tx.update)(params, tx.init(params), params, **data)
     for restored in (
         serialization.from_bytes(tx.init(params), serialization.to_bytes(state)),
         serialization.from_state_dict(tx.init(params), serialization.to_state_dict(state)),

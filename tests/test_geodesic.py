@@ -7,10 +7,12 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from dense import CASES, mlp, parameters, quick_jit, reference
+from dense import CASES, mlp, parameters, reference
 from jax.flatten_util import ravel_pytree
 
 import fvp
+
+COMPILE_QUICKLY = True
 
 DAMPING = 1.0
 
@@ -35,7 +37,7 @@ def bent_step(name):
     d = np.linalg.solve(damped, values["gradient"])
     w = (weights / weights.sum()).reshape(-1, *(1,) * head.event_ndim)
 
-    @quick_jit
+    @jax.jit
     def pulled_bend(flat, d):
         slope = lambda flat: jax.jvp(model, (flat,), (d,))[1]
         _, bend = jax.jvp(slope, (flat,), (d,))
@@ -45,8 +47,16 @@ def bent_step(name):
     return d, np.linalg.solve(damped, pulled_bend(flat, jnp.asarray(d)))
 
 
-@pytest.mark.parametrize("solver", ["cg", "dense", "dual"])
-@pytest.mark.parametrize("name", ["softmax", "sigmoid", "gaussian"])
+@pytest.mark.parametrize(
+    ("name", "solver"),
+    [
+        ("softmax", "cg"),
+        ("sigmoid", "cg"),
+        ("gaussian", "cg"),
+        ("softmax", "dual"),
+        ("gaussian", "dense"),
+    ],
+)
 def test_the_correction_takes_back_the_bend_of_the_outputs(name, solver):
     head, model_fn, params, x, targets, weights, values = problem(name)
     d, c = bent_step(name)
@@ -55,7 +65,7 @@ def test_the_correction_takes_back_the_bend_of_the_outputs(name, solver):
     tx = fvp.natural_gradient(0.5, model_fn, head, geodesic=True, **options)
     gradient = ravel_pytree(params)[1](jnp.asarray(values["gradient"]))
     data = {"batch": x, "targets": targets, "weights": weights}
-    updates, _ = quick_jit(tx.update)(gradient, tx.init(params), params, **data)
+    updates, _ = jax.jit(tx.update)(gradient, tx.init(params), params, **data)
     expected = -(0.5 * d + 0.125 * c)
     np.testing.assert_allclose(ravel_pytree(updates)[0], expected, rtol=1e-8, atol=1e-10)
 

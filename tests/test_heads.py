@@ -19,6 +19,8 @@ from dense import (
 
 import fvp
 
+COMPILE_QUICKLY = True
+
 SAMPLED = [case for case in CASES.values() if case.name != "softmax-rows"]  # the head is softmax's
 
 every_case = pytest.mark.parametrize("case", CASES.values(), ids=CASES.keys())
@@ -266,16 +268,31 @@ def test_softmax_is_exact_at_extreme_logits(dtype, size):
         assert actual.dtype == dtype
         np.testing.assert_allclose(np.asarray(actual, np.float64), expected, rtol=rounding)
 
-    check(head.nll(z, y), -log_p[np.arange(3), y])
-    check(head.nll(z, jax.nn.one_hot(y, 3, dtype=dtype)), -log_p[np.arange(3), y])
-    check(head.score(z, y), np.eye(3)[y] - np.exp(log_p))
+    @jax.jit
+    def computed(z, u):
+        return {
+            "nll": head.nll(z, y),
+            "nll of rows": head.nll(z, jax.nn.one_hot(y, 3, dtype=dtype)),
+            "score": head.score(z, y),
+            "gradient": -jax.grad(lambda z: head.nll(z, y).sum())(z),
+            "fisher": head.fisher(z, u),
+            "kl": head.kl(z, -z),
+            "kl backwards": head.kl(-z, z),
+        }
+
     p, u64 = np.exp(log_p), np.asarray(u, np.float64)
-    check(head.fisher(z, u), p * (u64 - (p * u64).sum(-1, keepdims=True)))
     log_q = scipy.special.log_softmax(-z64, axis=-1)
-    check(head.kl(z, -z), (p * (log_p - log_q)).sum(-1))
-    check(head.kl(-z, z), (np.exp(log_q) * (log_q - log_p)).sum(-1))
-    gradient = jax.grad(lambda z: head.nll(z, y).sum())(z)
-    check(-gradient, np.eye(3)[y] - np.exp(log_p))
+    nll, score = -log_p[np.arange(3), y], np.eye(3)[y] - np.exp(log_p)
+    expected = {
+        "nll": nll,
+        "nll of rows": nll,
+        "score": score,
+        "gradient": score,
+        "fisher": p * (u64 - (p * u64).sum(-1, keepdims=True)),
+        "kl": (p * (log_p - log_q)).sum(-1),
+        "kl backwards": (np.exp(log_q) * (log_q - log_p)).sum(-1),
+    }
+    jax.tree.map(check, computed(z, u), expected)
 
 
 @extreme
@@ -292,13 +309,16 @@ def test_sigmoid_is_exact_at_extreme_logits(dtype, size):
         assert actual.dtype == dtype
         np.testing.assert_allclose(np.asarray(actual, np.float64), expected, rtol=rounding)
 
-    check(head.nll(z, y), -(y64 * log_p + (1 - y64) * log_not_p).sum(-1))
-    check(head.score(z, y), y64 - p)
-    check(head.fisher(z, u), p * (1 - p) * u64)
+    @jax.jit
+    def computed(z, y, u):
+        gradient = jax.grad(lambda z: head.nll(z, y).sum())(z)
+        products = head.score(z, y), -gradient, head.fisher(z, u)
+        return head.nll(z, y), products, head.kl(z, -z)
+
+    nll = -(y64 * log_p + (1 - y64) * log_not_p).sum(-1)
     kl = p * (log_p - log_not_p) + (1 - p) * (log_not_p - log_p)  # KL(r(z) to r(-z))
-    check(head.kl(z, -z), kl.sum(-1))
-    gradient = jax.grad(lambda z: head.nll(z, y).sum())(z)
-    check(-gradient, y64 - p)
+    expected = nll, (y64 - p, y64 - p, p * (1 - p) * u64), kl.sum(-1)
+    jax.tree.map(check, computed(z, y, u), expected)
 
 
 def test_kl_counts_classes_whose_probability_underflows():
@@ -358,25 +378,31 @@ def test_labels_of_every_integer_type_name_the_same_class(dtype):
         assert np.array_equal(method(z, y.astype(dtype)), method(z, y))
 
 
+@jax.jit
+def of_labels(z, y, u):
+    """Nll, score and product with the Hessian; gradient and curvature where a row has no weight."""
+    head, weights = fvp.Softmax(), jnp.asarray([0.0, 2.0])
+
+    @jax.grad
+    def gradient(z):
+        return jnp.sum(jnp.where(weights == 0, 0, weights * head.nll(z, y)))
+
+    by_row = head.nll(z, y), head.score(z, y), head.hessian(z, y, u)
+    return by_row, jax.jvp(gradient, (z,), (u,))
+
+
 @pytest.mark.parametrize("dtype", [jnp.int8, jnp.int32, jnp.int64])
 @pytest.mark.parametrize("label", [-1, -100, 3, 100])
 def test_label_out_of_range_is_no_class_in_every_method(dtype, label):
     """NaN, loudly; and in a row of weight zero nothing, under differentiation too."""
     rng = np.random.default_rng(0)
     z, u = jnp.asarray(rng.normal(size=(2, 2, 3)))
-    y, good = jnp.asarray([label, 1], dtype), jnp.asarray([0, 1])
-    head, weights = fvp.Softmax(), jnp.asarray([0.0, 2.0])
-    for method in (head.nll, head.score, lambda z, y: head.hessian(z, y, u)):
-        assert jnp.isnan(method(z, y)[0]).all()
-        assert np.array_equal(method(z, y)[1], method(z, good)[1])
-
-    @jax.grad
-    def gradient(z, y):
-        return jnp.sum(jnp.where(weights == 0, 0, weights * head.nll(z, y)))
-
-    assert np.array_equal(gradient(z, y), gradient(z, good))
-    curvature = lambda y: jax.jvp(lambda z: gradient(z, y), (z,), (u,))[1]
-    assert np.array_equal(curvature(y), curvature(good))
+    by_row, of_the_rest = of_labels(z, jnp.asarray([label, 1], dtype), u)
+    good_by_row, good_of_the_rest = of_labels(z, jnp.asarray([0, 1], dtype), u)
+    for actual, expected in zip(by_row, good_by_row, strict=True):
+        assert jnp.isnan(actual[0]).all()
+        assert np.array_equal(actual[1], expected[1])
+    jax.tree.map(np.testing.assert_array_equal, of_the_rest, good_of_the_rest)
 
 
 @pytest.mark.parametrize("head", [fvp.Softmax(), fvp.Sigmoid()], ids=str)
@@ -481,6 +507,7 @@ def test_softmax_without_the_classes_of_logit_minus_infinity():
     y = rng.integers(0, 3, 4)
     head = fvp.Softmax()
 
+    @jax.jit
     def everything(z, u, z_new, y, rows):
         of = lambda f: jax.value_and_grad(lambda z: f(z).sum())(z)
         return {
@@ -497,8 +524,8 @@ def test_softmax_without_the_classes_of_logit_minus_infinity():
             "sqrt_fisher_transpose": head.sqrt_fisher_transpose(z, u),
         }
 
-    actual = everything(*(jnp.asarray(a) for a in (z + mask, u, z_new + mask, kept[y], full)))
-    few = everything(*(jnp.asarray(a) for a in (z[:, kept], u[:, kept], z_new[:, kept], y, rows)))
+    actual = everything(z + mask, u, z_new + mask, kept[y], full)
+    few = everything(z[:, kept], u[:, kept], z_new[:, kept], y, rows)
 
     def check(actual, expected):
         if actual.ndim:
@@ -517,6 +544,7 @@ def test_softmax_without_the_classes_of_logit_minus_infinity():
 ROWS = 70_000  # some compilers miscompile batched quadratic forms from 32,769 rows on
 
 
+@pytest.mark.compile_in_full
 @pytest.mark.parametrize(("dtype", "tolerance"), [(jnp.float64, 1e-11), (jnp.float32, 1e-5)])
 def test_gaussian_precision_of_many_rows_equals_numpy(dtype, tolerance):
     rng = np.random.default_rng(3)
@@ -542,6 +570,7 @@ def test_gaussian_precision_of_many_rows_equals_numpy(dtype, tolerance):
     assert relative_error(rowwise(z, y), nll) < tolerance
 
 
+@pytest.mark.compile_in_full
 def test_softmax_of_many_rows_equals_numpy():
     rng = np.random.default_rng(3)
     head = fvp.Softmax()

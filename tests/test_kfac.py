@@ -161,6 +161,43 @@ def test_damping_rules_invert_what_they_say(rule):
         assert relative_error(factor.multiply(jnp.asarray(weights)).ravel(), solved) < 1e-9
 
 
+def tied(x, w, v):
+    return jnp.tanh(x @ w) @ v.T
+
+
+def test_a_weight_used_both_ways_has_the_factors_of_its_uses_by_their_shares_of_the_trace():
+    rng = np.random.default_rng(0)
+    w, x = weight(rng, 4, 3), normal(rng, 5, 4)
+    K = fvp.kfac(lambda w, x: tied(x, w, w), fvp.Gaussian(), w, x)
+    apart = fvp.kfac(lambda p, x: tied(x, *p), fvp.Gaussian(), (w, w), x)
+    # The inputs of the one use are outputs of the other.
+    first, second = apart.blocks
+    pairs = [(first.left[0], first.right[0]), (second.right[0], second.left[0])]
+    traces = np.array([(np.trace(left), np.trace(right)) for left, right in pairs])
+    shares = traces.prod(1) / traces.prod(1).sum()
+    mean = lambda side: sum(
+        share * pair[side] / trace[side]
+        for share, pair, trace in zip(shares, pairs, traces, strict=True)
+    )
+    np.testing.assert_allclose(K.trace(), apart.trace(), rtol=1e-12)
+    expected = np.kron(mean(0), mean(1)) * traces.prod(1).sum()
+    assert relative_error(K.dense(), expected) < 1e-10
+
+
+@pytest.mark.parametrize("empty", ["inputs", "cotangents"])
+def test_a_factor_of_zeros_leaves_the_split_of_the_damping_even(empty):
+    """With pi = 0 or infinity one side would be inverted without any damping."""
+    rng = np.random.default_rng(0)
+    params = {"w": normal(rng, 3, 2), "v": normal(rng, 2, 2)}
+    x = jnp.zeros((4, 3)) if empty == "inputs" else normal(rng, 4, 3)
+    # A second layer of zeros passes nothing back.
+    params = params if empty == "inputs" else {**params, "v": jnp.zeros((2, 2))}
+    K = fvp.kfac(lambda p, x: (x @ p["w"]) @ p["v"], fvp.Gaussian(), params, x)
+    ones = jax.tree.map(jnp.ones_like, params)
+    actual, expected = (K.inverse(0.1, rule=rule).mv(ones)["w"] for rule in ("pi", "factored"))
+    assert relative_error(actual, expected) < 1e-12
+
+
 def test_monte_carlo_factors_are_unbiased():
     model_fn, head, params, batch = problem()
     exact = fvp.kfac(model_fn, head, params, batch)
@@ -207,11 +244,16 @@ def test_preconditions_conjugate_gradients_and_crosses_jit():
     assert relative_error(y, x) < 1e-5
 
 
-def test_factors_that_are_not_finite_do_not_reach_the_solution():
-    model_fn, head, params, batch = problem()
+@pytest.mark.parametrize("rule", RULES)
+def test_factors_that_are_not_finite_do_not_reach_the_solution(rule):
+    rng = np.random.default_rng(0)
+    if rule == "exact":
+        model_fn, head, params, batch = problem()
+    else:
+        model_fn, head, params, batch = affine, fvp.Gaussian(), layer(rng, 3, 2), normal(rng, 4, 3)
     operator = fvp.kfac(model_fn, head, params, batch)
     broken = jax.tree.map(lambda x: jnp.full_like(x, jnp.nan), operator)
-    solution = broken.solve(params, 0.1)
+    solution = broken.inverse(0.1, rule=rule).mv(params)
     assert all(np.all(np.isfinite(leaf)) for leaf in jax.tree.leaves(solution))
 
 

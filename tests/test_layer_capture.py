@@ -177,6 +177,20 @@ def slices_branches_and_repeated_layers(rng):
     return model_fn, params, {"x": normal(rng, 3, 4), "flag": jnp.array(False)}
 
 
+@architecture(**dense_with_bias(""))
+def tokens_apart(rng):
+    return lambda params, x: jnp.tanh(affine(params, x)), layer(rng, 4, 2), normal(rng, 3, 2, 4)
+
+
+@architecture(**{"": "dense"})
+def examples_along_three_axes(rng):
+    def model_fn(w, x):
+        h = jnp.tanh(x @ w)
+        return h - h.mean(2, keepdims=True)
+
+    return model_fn, weight(rng, 3, 2), normal(rng, 2, 3, 4, 3)
+
+
 @architecture(**{".layers[0].weight": "dense", ".layers[0].bias": "shift of .layers[0].weight"})
 def equinox(rng):
     eqx = pytest.importorskip("equinox")
@@ -270,7 +284,12 @@ def test_coverage_names_the_treatment_of_each_parameter(name):
 
 @pytest.mark.parametrize(
     ("name", "axes"),
-    [("attention_heads_by_einsum", (0,)), ("tied_embedding", (0,)), ("linen", (0,))],
+    [
+        ("attention_heads_by_einsum", (0,)),
+        ("linen", (0,)),
+        ("tokens_apart", (0, 1)),
+        ("examples_along_three_axes", (0, 1)),
+    ],
 )
 def test_axes_along_which_rows_meet_are_found(name, axes):
     assert captured(name)[2] == axes

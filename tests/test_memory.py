@@ -9,6 +9,8 @@ import pytest
 
 import fvp
 
+COMPILE_QUICKLY = True  # flops and memory are settled before LLVM's optimizations
+
 HEAD, ITERATIONS = fvp.Softmax(), 10
 SIZES = (784, 512, 512, 10)
 

@@ -12,6 +12,8 @@ import multiprocess_worker
 import numpy as np
 import pytest
 
+COMPILE_QUICKLY = True
+
 WORKER = pathlib.Path(multiprocess_worker.__file__)
 ROOT = WORKER.parent.parent
 TIMEOUT = 300  # seconds; the run itself takes a few

@@ -14,13 +14,14 @@ from dense import (
     linear_parameters,
     mlp,
     parameters,
-    quick_jit,
     reference,
     relative_error,
 )
 from jax.flatten_util import ravel_pytree
 
 import fvp
+
+COMPILE_QUICKLY = True
 
 ALL_CURVATURES = (*CURVATURES, "mc_fisher")
 SAMPLED = [case for case in CASES.values() if case.name != "softmax-rows"]  # the head is softmax's
@@ -56,14 +57,29 @@ def weightings(batch_axes):
     return {"none": None, "full": full, "broadcast": full[:1]}
 
 
-@every_case
-@pytest.mark.parametrize("batch_axes", [(6,), (3, 2)], ids=["B", "BT"])
-@pytest.mark.parametrize("weighting", ["none", "full", "broadcast"])
+# Every head without weights and with them, whose axes are found by those of the events; one of
+# them with all axes and weights.
+AXES, WEIGHTINGS = [(6,), (3, 2)], ["none", "full", "broadcast"]
+WEIGHTED = [
+    *((case, *kind) for case in CASES.values() for kind in (((6,), "none"), ((3, 2), "full"))),
+    *(
+        (CASES["softmax"], *kind)
+        for kind in itertools.product(AXES, WEIGHTINGS)
+        if kind not in (((6,), "none"), ((3, 2), "full"))
+    ),
+]
+
+
+@pytest.mark.parametrize(
+    ("case", "batch_axes", "weighting"),
+    WEIGHTED,
+    ids=lambda value: getattr(value, "name", None),
+)
 def test_operators_equal_their_dense_matrices(build, case, batch_axes, weighting):
     model, params, batch, targets = problem(case, batch_axes)
     weights = weightings(batch_axes)[weighting]
 
-    @quick_jit
+    @jax.jit
     def dense(params, batch, targets, weights):
         arguments = model, case.head, params, batch, targets, KEY
         return {name: build(name, *arguments, weights=weights).dense() for name in CURVATURES}
@@ -84,7 +100,7 @@ def test_operators_of_a_network_whose_outputs_start_at_zero(build, name):
     model, params, batch, targets = problem(case, (6,))
     params = {**params, "out": jax.tree.map(jnp.zeros_like, params["out"])}
 
-    @quick_jit
+    @jax.jit
     def dense(params):
         arguments = model, case.head, params, batch, targets, KEY
         return {name: build(name, *arguments).dense() for name in CURVATURES}
@@ -99,7 +115,7 @@ def test_fisher_is_ggn_is_hessian_for_a_linear_model(build, case):
     model, params, batch, targets = problem(case, (3, 2), linear)
     weights = weightings((3, 2))["full"]
 
-    @quick_jit
+    @jax.jit
     def dense(params, weights):
         arguments = model, case.head, params, batch, targets, KEY
         curvatures = ("fisher", "ggn", "hessian")
@@ -113,7 +129,7 @@ def test_fisher_is_ggn_is_hessian_for_a_linear_model(build, case):
         )
         return jnp.sum(weights.reshape(6) * nll) / weights.sum()
 
-    expected = quick_jit(jax.hessian(loss))(flat(params))
+    expected = jax.jit(jax.hessian(loss))(flat(params))
     for matrix in (fisher, ggn, hessian):
         assert relative_error(matrix, expected) < 1e-11
 
@@ -124,7 +140,7 @@ def test_weights_broadcast_to_the_batch_axes(shape):
     model, params, batch, targets = problem(case, (3, 2))
     weights = np.random.default_rng(2).uniform(0.2, 2.0, shape)
 
-    @quick_jit
+    @jax.jit
     def dense(weights):
         operator = fvp.empirical_fisher(model, case.head, params, batch, targets, weights=weights)
         return operator.dense()
@@ -140,7 +156,7 @@ def test_scaling_the_weights_changes_nothing(build, curvature):
     model, params, batch, targets = problem(case, (3, 2))
     weights = weightings((3, 2))["full"]
 
-    @quick_jit
+    @jax.jit
     def dense(weights):
         arguments = model, case.head, params, batch, targets, KEY
         return build(curvature, *arguments, weights=weights).dense()
@@ -160,7 +176,7 @@ def test_positions_that_share_inputs_count_as_one_example_each(build):
     weights = weightings((3, 2))["full"]
     expected = reference(case, model, params, batch, targets, weights)
 
-    @quick_jit
+    @jax.jit
     def dense(params):
         arguments = model, case.head, params, batch, targets, KEY
         return {name: build(name, *arguments, weights=weights).dense() for name in CURVATURES}
@@ -193,7 +209,7 @@ def test_masked_rows_leave_no_trace(build, name, curvature):
 
     bad_targets = targets.at[masked].set(-100 if case.integer_targets else np.nan)
 
-    @quick_jit
+    @jax.jit
     def everything(offset, targets):
         arguments = model, case.head, params, (batch, offset), targets, KEY
         operator = build(curvature, *arguments, weights=weights)
@@ -210,8 +226,9 @@ def test_masked_rows_leave_no_trace(build, name, curvature):
 
 
 @every_curvature
-@pytest.mark.parametrize("batch_axes", [(6,), (3, 2)], ids=["B", "BT"])
-@pytest.mark.parametrize("chunk_size", [None, 2], ids=["whole", "chunked"])
+@pytest.mark.parametrize(
+    ("batch_axes", "chunk_size"), [((6,), 2), ((3, 2), None)], ids=["B chunked", "BT whole"]
+)
 def test_masked_inputs_leave_no_trace(build, curvature, batch_axes, chunk_size):
     """Where an input is not finite neither is the Jacobian, and zero times it would be NaN."""
     case = CASES["softmax"]
@@ -222,7 +239,7 @@ def test_masked_inputs_leave_no_trace(build, curvature, batch_axes, chunk_size):
     bad = batch.reshape(6, 2).at[masked, 1].set(np.array([np.nan, np.inf, -np.inf, np.nan]))
     bad_targets = targets.reshape(6).at[masked].set(-1).reshape(batch_axes)
 
-    @quick_jit
+    @jax.jit
     def everything(batch, targets):
         data = {"x": batch, "shared": jnp.asarray([np.inf, 1.0]), "count": jnp.arange(6)}
         model = lambda params, batch: inner(params, batch["x"]) / (1 / batch["shared"])[1]
@@ -243,21 +260,26 @@ def test_masked_inputs_leave_no_trace(build, curvature, batch_axes, chunk_size):
     assert relative_error(flat(gradient), expected["gradient"]) < 1e-11
 
 
-@every_curvature
-@pytest.mark.parametrize("axis", [1, -1])
+@pytest.mark.parametrize(
+    ("curvature", "axis"), list(zip(ALL_CURVATURES, itertools.cycle([1, -1]), strict=False))
+)
 def test_masked_inputs_along_another_axis_leave_no_trace(build, curvature, axis):
     case = CASES["softmax"]
     inner, params, batch, targets = problem(case, (6,))
     weights = np.array([0, 1, 0, 2, 1, 1.0])
     arguments = case.head, params
-    expected = build(curvature, inner, *arguments, batch, targets, KEY, weights=weights)
     model = lambda params, x: inner(params, x.T)
-    bad = batch.at[2].set(np.nan).T
-    actual = build(
-        curvature, model, *arguments, bad, targets, KEY, weights=weights, batch_axes=axis
-    )
     v = vector_like(params)
-    assert relative_error(flat(actual @ v), flat(expected @ v)) < 1e-11
+
+    @jax.jit
+    def products(batch, bad):
+        expected = build(curvature, inner, *arguments, batch, targets, KEY, weights=weights)
+        actual = build(
+            curvature, model, *arguments, bad, targets, KEY, weights=weights, batch_axes=axis
+        )
+        return flat(actual @ v), flat(expected @ v)
+
+    assert relative_error(*products(batch, batch.at[2].set(np.nan).T)) < 1e-11
 
 
 def test_finite_inputs_of_masked_rows_still_reach_the_others():
@@ -277,11 +299,14 @@ def test_finite_inputs_of_masked_rows_still_reach_the_others():
 def test_a_batch_without_any_weight_gives_zero_whatever_it_holds(build, curvature, chunk_size):
     case = CASES["softmax"]
     model, params, batch, targets = problem(case, (6,))
-    operator = build(
-        curvature, model, case.head, params, batch * np.nan, targets, KEY,
-        weights=np.zeros(6), chunk_size=chunk_size,
-    )  # fmt: skip
-    for leaf in jax.tree.leaves((operator @ params, operator.value_and_grad(targets))):
+
+    @jax.jit
+    def everything(batch, weights):
+        arguments = model, case.head, params, batch, targets, KEY
+        operator = build(curvature, *arguments, weights=weights, chunk_size=chunk_size)
+        return operator @ params, operator.value_and_grad(targets)
+
+    for leaf in jax.tree.leaves(everything(batch * np.nan, np.zeros(6))):
         assert np.array_equal(leaf, np.zeros(leaf.shape))
 
 
@@ -324,7 +349,7 @@ def test_weights_that_sum_to_zero_give_zero(build, name, curvature):
     case = CASES[name]
     model, params, batch, targets = problem(case, (6,))
 
-    @quick_jit
+    @jax.jit
     def everything(weights):
         operator = build(curvature, model, case.head, params, batch, targets, KEY, weights=weights)
         v = vector_like(params)
@@ -357,9 +382,9 @@ def test_monte_carlo_matrix_is_a_mean_of_outer_products_of_possible_scores(case)
         return jnp.einsum("n,np,nq->pq", weights / weights.sum(), gradients, gradients)
 
     pairs = jnp.asarray(list(itertools.product(case.outcomes, repeat=2)))
-    candidates = quick_jit(jax.vmap(candidate))(pairs)
+    candidates = jax.jit(jax.vmap(candidate))(pairs)
 
-    @quick_jit
+    @jax.jit
     @jax.vmap
     def dense(key):
         return fvp.mc_fisher(model, case.head, params, batch, key, weights=weights).dense()
@@ -381,7 +406,7 @@ def test_monte_carlo_fisher_has_the_fisher_as_its_expectation(case, batch_axes):
     model, params, batch, targets = problem(case, batch_axes)
     weights, count = weightings(batch_axes)["full"], 500
 
-    @quick_jit
+    @jax.jit
     @jax.vmap
     def dense(key):
         return fvp.mc_fisher(
@@ -401,7 +426,7 @@ def test_monte_carlo_fisher_has_the_fisher_as_its_expectation(case, batch_axes):
 def test_monte_carlo_fisher_is_positive_semidefinite_of_bounded_rank(case, num_samples):
     model, params, batch, _ = problem(case, (6,))
 
-    @quick_jit
+    @jax.jit
     def dense(key):
         operator = fvp.mc_fisher(model, case.head, params, batch[:3], key, num_samples=num_samples)
         return operator.dense()
@@ -417,7 +442,7 @@ def test_monte_carlo_fisher_is_positive_semidefinite_of_bounded_rank(case, num_s
 def test_monte_carlo_fisher_is_one_matrix_for_one_key():
     case = CASES["softmax"]
     model, params, batch, _ = problem(case, (6,))
-    build_jitted = quick_jit(lambda key: fvp.mc_fisher(model, case.head, params, batch, key))
+    build_jitted = jax.jit(lambda key: fvp.mc_fisher(model, case.head, params, batch, key))
     operator, v = build_jitted(KEY), vector_like(params)
     first = operator @ v
     assert np.array_equal(flat(operator @ v), flat(first))
@@ -430,7 +455,7 @@ def test_monte_carlo_fisher_accepts_legacy_keys():
     case = CASES["softmax"]
     model, params, batch, _ = problem(case, (6,))
     legacy, typed = jax.random.PRNGKey(7), jax.random.key(7)
-    dense = quick_jit(lambda key: fvp.mc_fisher(model, case.head, params, batch, key).dense())
+    dense = jax.jit(lambda key: fvp.mc_fisher(model, case.head, params, batch, key).dense())
     matrices = dense(legacy), dense(typed)
     assert relative_error(*matrices) < 1e-13
 
@@ -445,7 +470,7 @@ def operators(build):
     model, params, batch, targets = problem(case, (3, 2))
     weights = weightings((3, 2))["full"]
 
-    @quick_jit
+    @jax.jit
     def build_all(params, batch, targets, weights):
         arguments = model, case.head, params, batch, targets, KEY
         return {name: build(name, *arguments, weights=weights) for name in ALL_CURVATURES}
@@ -468,8 +493,8 @@ def test_operator_crosses_jit_boundaries(operators, curvature):
 
     check(operator @ v)
     check(operator.mv(v))
-    check(quick_jit(lambda v: operator @ v)(v))
-    check(quick_jit(lambda operator, v: operator @ v)(operator, v))
+    check(jax.jit(lambda v: operator @ v)(v))
+    check(jax.jit(lambda operator, v: operator @ v)(operator, v))
     rebuilt = jax.tree.unflatten(*reversed(jax.tree.flatten(operator)))
     check(rebuilt @ v)
 
@@ -488,8 +513,8 @@ def test_vmap_and_scan_over_vectors(operators, curvature):
 
     for products in (
         jax.vmap(operator.mv)(stacked),
-        quick_jit(jax.vmap(lambda operator, v: operator @ v, (None, 0)))(operator, stacked),
-        quick_jit(scanned)(operator, stacked),
+        jax.jit(jax.vmap(lambda operator, v: operator @ v, (None, 0)))(operator, stacked),
+        jax.jit(scanned)(operator, stacked),
     ):
         assert relative_error(jax.vmap(flat)(products), vectors @ matrix) < 1e-11
 
@@ -499,15 +524,15 @@ def test_quadratic_form_and_its_gradient(operators, curvature):
     operator, params, _, expected = operators[0][curvature], *operators[1:]
     matrix = expected.get(curvature, operator.dense())
     v = vector_like(params)
-    value, gradient = quick_jit(jax.value_and_grad(lambda v: operator.quadratic_form(v)))(v)
+    value, gradient = jax.jit(jax.value_and_grad(lambda v: operator.quadratic_form(v)))(v)
     assert value.shape == ()
     np.testing.assert_allclose(value, flat(v) @ matrix @ flat(v), rtol=1e-11)
     assert relative_error(flat(gradient), 2 * matrix @ flat(v)) < 1e-11
     w = jax.tree.map(lambda x: jnp.cos(3 * x), v)
-    _, form = quick_jit(lambda v: operator.mv_and_form(v))(v)
+    _, form = jax.jit(lambda v: operator.mv_and_form(v))(v)
     np.testing.assert_allclose(form, value, rtol=1e-11)
     both = np.stack([flat(v), flat(w)])
-    found = quick_jit(lambda v, w: operator.inner_products(v, w))(v, w)
+    found = jax.jit(lambda v, w: operator.inner_products(v, w))(v, w)
     np.testing.assert_allclose(found, both @ matrix @ both.T, rtol=1e-9)
 
 
@@ -534,6 +559,7 @@ def test_value_and_grad_of_other_heads(name):
     assert relative_error(flat(gradient), expected["gradient"]) < 1e-12
 
 
+@pytest.mark.compile_in_full
 @every_curvature
 def test_output_is_the_output_of_the_model(build, curvature):
     case = CASES["softmax"]
@@ -552,7 +578,7 @@ def test_operators_vmap_over_models(build, curvature):
     def product(params):
         return build(curvature, model, case.head, params, batch, targets, KEY) @ v
 
-    together, one = quick_jit(jax.vmap(product))(members), quick_jit(product)
+    together, one = jax.jit(jax.vmap(product))(members), jax.jit(product)
     one_by_one = [one(jax.tree.map(lambda p, i=i: p[i], members)) for i in range(3)]
     expected = jax.tree.map(lambda *p: jnp.stack(p), *one_by_one)
     assert relative_error(together, expected) < 1e-12
@@ -563,7 +589,7 @@ def test_curvature_is_differentiable_in_the_scale_of_the_head():
     model, params, batch, _ = problem(case, (6,))
     v = vector_like(params)
 
-    @quick_jit
+    @jax.jit
     @jax.value_and_grad
     def quadratic_form(scale):
         return fvp.fisher(model, fvp.Gaussian(scale=scale), params, batch).quadratic_form(v)
@@ -575,7 +601,7 @@ def test_curvature_is_differentiable_in_the_scale_of_the_head():
 def test_head_is_a_jit_argument_of_an_operator():
     case = CASES["gaussian-precision"]
     model, params, batch, targets = problem(case, (6,))
-    compiled = quick_jit(lambda head, params: fvp.fisher(model, head, params, batch).dense())
+    compiled = jax.jit(lambda head, params: fvp.fisher(model, head, params, batch).dense())
     expected = reference(case, model, params, batch, targets, np.ones(6))["fisher"]
     assert relative_error(compiled(case.head, params), expected) < 1e-11
 
@@ -606,7 +632,7 @@ def test_none_leaves_in_params(build, curvature):
     wrapped = {"net": params, "frozen": None, "more": [None, None]}
     v = vector_like(wrapped)
 
-    @quick_jit
+    @jax.jit
     def products(wrapped, params, v):
         arguments = batch, targets, KEY
         return (
@@ -641,7 +667,7 @@ def test_params_of_mixed_dtypes(build, curvature, chunk_size):
     def model(params, batch):
         return inner(astype(params, jnp.float64), batch)
 
-    @quick_jit
+    @jax.jit
     def products(params, v, wide_params, wide_v):
         arguments = batch, targets, KEY
         operator = build(curvature, model, case.head, params, *arguments, chunk_size=chunk_size)
@@ -664,7 +690,7 @@ def test_narrow_models_give_narrow_products(build, curvature):
     narrow = astype((params, batch, vector_like(params)), jnp.bfloat16)
     wide = astype(narrow, jnp.float64)
 
-    @quick_jit
+    @jax.jit
     def product(params, batch, v):
         return build(curvature, model, case.head, params, batch, targets, KEY) @ v
 
@@ -706,7 +732,7 @@ def test_quadratic_form_is_twice_the_kl_of_a_small_step(name):
     weights = weightings((3, 2))["full"]
     d = jax.tree.map(lambda v: 1e-4 * v, vector_like(params))
 
-    @quick_jit
+    @jax.jit
     def both(params, d):
         kl = case.head.kl(model(params, batch), model(jax.tree.map(jnp.add, params, d), batch))
         operator = fvp.fisher(model, case.head, params, batch, weights=weights)
@@ -719,6 +745,7 @@ def test_quadratic_form_is_twice_the_kl_of_a_small_step(name):
 # --- Many rows --------------------------------------------------------------------------------
 
 
+@pytest.mark.compile_in_full
 @pytest.mark.parametrize("name", ["softmax", "gaussian-precision"])
 def test_curvature_of_many_rows_equals_numpy(name):
     rows = 70_000  # some compilers miscompile batched quadratic forms from 32,769 rows on

@@ -48,8 +48,7 @@ def shard_map(function, mesh, rows, check_vma=True):
     return jax.jit(mapped)
 
 
-@pytest.mark.parametrize("check_vma", [True, False])
-@pytest.mark.parametrize("chunk_size", [None, 3])
+@pytest.mark.parametrize(("check_vma", "chunk_size"), [(True, 3), (False, None)])
 def test_operators_give_the_global_mean(check_vma, chunk_size):
     compute = functools.partial(products, plain_model, axis_name="data", chunk_size=chunk_size)
     mapped = shard_map(compute, mesh_of(data=8), P("data"), check_vma)
@@ -74,8 +73,7 @@ def test_solve_and_training_step_are_the_global_ones(check_vma):
     )
 
 
-@pytest.mark.parametrize("check_vma", [True, False])
-def test_defaults_take_the_global_steps(check_vma):
+def test_defaults_take_the_global_steps():
     """Damping, rejection and budget follow the loss of all devices."""
 
     def train(axis_name, params, v, x, y, w):
@@ -95,7 +93,7 @@ def test_defaults_take_the_global_steps(check_vma):
     (_, state), trace = expected = jax.jit(functools.partial(train, None))(*arguments)
     assert state.accepted
     assert trace[0][-1] < 0.5 * trace[0][0]
-    mapped = shard_map(functools.partial(train, "data"), mesh_of(data=8), P("data"), check_vma)
+    mapped = shard_map(functools.partial(train, "data"), mesh_of(data=8), P("data"))
     chex.assert_trees_all_close(mapped(PARAMS, VECTOR, *BATCH), expected, rtol=1e-3, atol=1e-4)
 
 

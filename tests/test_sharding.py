@@ -40,6 +40,11 @@ LAYOUTS = {  # shape of the (data, model) mesh, and where the parameters are
 
 every_layout = pytest.mark.parametrize("layout", LAYOUTS)
 every_axis_type = pytest.mark.parametrize("axis_type", [AxisType.Auto, AxisType.Explicit], ids=str)
+AUTO, EXPLICIT = AxisType.Auto, AxisType.Explicit
+some_layouts = pytest.mark.parametrize(  # what is sent is looked at for every one of them, below
+    ("layout", "axis_type"),
+    [("DP", AUTO), ("FSDP", EXPLICIT), ("TP", AUTO), ("DPxTP", EXPLICIT), ("DPxTP", AUTO)],
+)
 sharded_layouts = pytest.mark.parametrize("layout", ["FSDP", "TP", "DPxTP"])
 
 
@@ -93,16 +98,14 @@ def shardings(tree):
     return {name: leaf.sharding for name, leaf in tree.items()}
 
 
-@every_layout
-@every_axis_type
+@some_layouts
 def test_operators_equal_unsharded(layout, axis_type):
     # One layout has them all; the others leave out what is made of the same parts.
     names = CURVATURES if layout == "DPxTP" else ("fisher", "empirical_fisher")
     assert_unchanged(placed(layout, axis_type).products(names=names))
 
 
-@every_layout
-@every_axis_type
+@some_layouts
 def test_operators_in_chunks_equal_unsharded(layout, axis_type):
     names = ("fisher", "mc_fisher") if layout == "DPxTP" else ("fisher",)
     assert_unchanged(placed(layout, axis_type).products(names=names, chunk_size=24))
@@ -115,8 +118,7 @@ def test_solve_equals_unsharded(layout, axis_type):
     assert_unchanged({"cg": at.solve(at.params, at.vector, *at.batch)})
 
 
-@every_layout
-@every_axis_type
+@some_layouts
 def test_training_step_equals_unsharded_and_keeps_the_shardings(layout, axis_type):
     at, traces = placed(layout, axis_type), []
     tx = transform(at.model_fn)

@@ -67,7 +67,6 @@ def over(*names):
 
 every_transform = over(*TRANSFORMS)
 each_kind_of_state = over("scale_by_fisher", "warm_started", "empirical", "defaults")
-with_memory = over("warm_started", "defaults")
 
 
 def types(tree):
@@ -257,7 +256,8 @@ def test_vmap_over_members_equals_a_loop(tx):
     """A member whose gradient is not finite is rejected alone."""
     members, scales = [make_params(seed=seed) for seed in range(3)], (1.0, jnp.nan, 1e-3)
     step = jax.jit(lambda g, s, p: update(tx, g, s, p))
-    gradients = [jax.grad(value_fn)(member, BATCH) for member in members]
+    gradient = jax.jit(jax.grad(value_fn))
+    gradients = [gradient(member, BATCH) for member in members]
     grads = [scaled(scale, tree) for scale, tree in zip(scales, gradients, strict=True)]
     states = jax.vmap(tx.init)(stack(members))
     together = jax.vmap(step)(stack(grads), states, stack(members))
@@ -268,8 +268,18 @@ def test_vmap_over_members_equals_a_loop(tx):
 
 
 @each_kind_of_state
-def test_buffers_can_be_donated(tx):
-    """No two leaves of the state may be one buffer; the wrapper passes all of them through."""
+def test_buffers_of_the_first_state_can_be_donated(tx):
+    """No two leaves of the state may be one buffer."""
+    add_one = lambda leaf: leaf + jnp.ones((), leaf.dtype)
+    next_one = jax.jit(lambda *trees: jax.tree.map(add_one, trees), donate_argnums=(0, 1))
+    params = jax.tree.map(jnp.copy, PARAMS)
+    expected = jax.tree.map(add_one, (params, tx.init(params)))
+    jax.tree.map(np.testing.assert_array_equal, next_one(params, tx.init(params)), expected)
+
+
+@over("warm_started", "defaults")
+def test_buffers_of_every_step_can_be_donated(tx):
+    """The wrapper passes all of them through."""
     tx = optax.apply_if_finite(tx, 3)
 
     @functools.partial(jax.jit, donate_argnums=(0, 1))
@@ -337,8 +347,16 @@ NEUTRAL_WRAPPERS = {
 }
 
 
-@with_memory
-@pytest.mark.parametrize("name", NEUTRAL_WRAPPERS)
+@pytest.mark.parametrize(
+    ("name", "tx"),
+    [
+        (name, TRANSFORMS[inner])
+        for name, inner in zip(
+            NEUTRAL_WRAPPERS, itertools.cycle(["warm_started", "defaults"]), strict=False
+        )
+    ],
+    ids=NEUTRAL_WRAPPERS,
+)
 def test_neutral_wrapper_changes_nothing(name, tx):
     updates, states = run(NEUTRAL_WRAPPERS[name](tx), all_params=PARAMS)
     assert_diagnostics_are_found(states[-1])
@@ -360,8 +378,11 @@ def test_mask_over_all_leaves_leaves_nothing_to_solve():
     assert_trees_close(updates[0], GRADS)
 
 
-@with_memory
-@pytest.mark.parametrize("in_chain", [False, True])
+@pytest.mark.parametrize(
+    ("in_chain", "tx"),
+    [(False, TRANSFORMS["defaults"]), (True, WARM)],
+    ids=["defaults", "warm_started in a chain"],
+)
 def test_multi_steps_transforms_the_mean_gradient_once_per_cycle(in_chain, tx):
     expected, tx = plain(tx)[0], optax.MultiSteps(tx, 3)
     if in_chain:

@@ -16,11 +16,12 @@ from jax.typing import ArrayLike
 
 from fvp.checks import check_like, check_nonnegative
 from fvp.compilation import compiled_when_eager
-from fvp.layers.kronecker import check_damping_rule, (
+from fvp.layers.kronecker import (
     EigenInverse,
     FactorInverse,
     KroneckerBlock,
     add_weight,
+    check_damping_rule,
     weight_of,
 )
 from fvp.mesh import auto_sharded, share_out
