@@ -91,7 +91,7 @@ def inverse_semidefinite(matrix: Array, damping: Array) -> Array:
 
 
 # A triangular solve with the identity takes several times as long as products of halves.
-_WHOLE = 300  # rows that are not halved
+_WHOLE = 300  # rows that are not halved; docs/decisions/solvers.md
 
 
 def _inverse_lower(root: Array) -> Array:

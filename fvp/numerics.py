@@ -8,7 +8,9 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from jax import Array
-from jax.typing import DTypeLike
+from jax.typing import ArrayLike, DTypeLike
+
+from fvp.typing import PyTree
 
 
 def wide_dtype(dtype: DTypeLike) -> Any:
@@ -16,17 +18,17 @@ def wide_dtype(dtype: DTypeLike) -> Any:
     return jnp.float64 if dtype == jnp.float64 else jnp.float32
 
 
-def widen(x: Any) -> Array:
+def widen(x: Array) -> Array:
     """``x`` in float32 or wider."""
     return jnp.asarray(x).astype(wide_dtype(x.dtype))
 
 
-def widen_tree(tree: Any) -> Any:
+def widen_tree(tree: PyTree) -> PyTree:
     """Every leaf in float32 or wider."""
     return jax.tree.map(widen, tree)
 
 
-def cast_like(tree: Any, like: Any) -> Any:
+def cast_like(tree: PyTree, like: PyTree) -> PyTree:
     """The leaves of ``tree`` in the dtypes of the leaves of ``like``."""
     return jax.tree.map(lambda x, y: x.astype(y.dtype), tree, like)
 
@@ -38,7 +40,7 @@ def power_of_two(x: Array) -> Array:
     return jnp.ldexp(jnp.ones((), x.dtype), exponent - 1)
 
 
-def tree_vdot(a: Any, b: Any) -> Array:
+def tree_vdot(a: PyTree, b: PyTree) -> Array:
     """Inner product of two trees, accumulated in float32 or wider.
 
     Not by ``jnp.vdot``: that flattens its arguments, which a leaf that is sharded over an explicit
@@ -92,28 +94,28 @@ def _is_whole(x: Array, axis: int) -> bool:
     return not spec or len(spec) <= axis or spec[axis] is None
 
 
-def tree_axpy(scale: Any, x: Any, y: Any) -> Any:
+def tree_axpy(scale: ArrayLike, x: PyTree, y: PyTree) -> PyTree:
     """``scale * x + y``, leaf by leaf, in the dtypes of ``y``."""
     scale = jnp.asarray(scale)
     return jax.tree.map(lambda a, b: (scale.astype(a.dtype) * a + b).astype(b.dtype), x, y)
 
 
-def tree_where(condition: Array, a: Any, b: Any) -> Any:
+def tree_where(condition: Array, a: PyTree, b: PyTree) -> PyTree:
     """``a`` where ``condition`` (a scalar) holds, else ``b``."""
     return jax.tree.map(lambda x, y: jnp.where(condition, x, y), a, b)
 
 
-def tree_zeros_like(tree: Any) -> Any:
+def tree_zeros_like(tree: PyTree) -> PyTree:
     """Zeros with the shapes, dtypes and shardings of ``tree``."""
     return jax.tree.map(jnp.zeros_like, tree)
 
 
-def zeros_of(shapes: Any) -> Any:
+def zeros_of(shapes: PyTree) -> PyTree:
     """Zeros for a tree of shapes, dtypes and shardings, such as ``jax.eval_shape`` returns."""
     return jax.tree.map(jnp.zeros_like, shapes)
 
 
-def scan_sum(function: Callable[[Any], Any], xs: Any) -> Any:
+def scan_sum(function: Callable[[Any], Any], xs: PyTree) -> PyTree:
     """The sum of the trees ``function(x)`` over the slices x of ``xs`` along its first axis.
 
     One slice at a time, so that memory is that of one result and not of all.
@@ -124,7 +126,7 @@ def scan_sum(function: Callable[[Any], Any], xs: Any) -> Any:
     return jax.lax.scan(step, zeros, xs)[0]
 
 
-def tree_norm(tree: Any) -> Array:
+def tree_norm(tree: PyTree) -> Array:
     """Euclidean norm, also where the squares would leave the range of floats."""
     squares = tree_vdot(tree, tree)
     info = jnp.finfo(squares.dtype)
@@ -132,7 +134,7 @@ def tree_norm(tree: Any) -> Array:
     return jax.lax.cond(exact, lambda: jnp.sqrt(squares), lambda: _scaled_norm(tree, info.dtype))
 
 
-def _scaled_norm(tree: Any, dtype: Any) -> Array:
+def _scaled_norm(tree: PyTree, dtype: DTypeLike) -> Array:
     """Euclidean norm of a tree divided by its largest entry first."""
     peaks = [jnp.max(jnp.abs(widen(leaf)), initial=0) for leaf in jax.tree.leaves(tree)]
     peak = jnp.max(jnp.stack([jnp.asarray(peak, dtype) for peak in [0, *peaks]]))
@@ -141,7 +143,7 @@ def _scaled_norm(tree: Any, dtype: Any) -> Array:
     return safe * jnp.sqrt(tree_vdot(scaled, scaled))
 
 
-def unit(tree: Any) -> Any:
+def unit(tree: PyTree) -> PyTree:
     """``tree`` divided by its norm; zeros stay zeros."""
     norm = tree_norm(tree)
     norm = jnp.where(norm > 0, norm, 1)
@@ -167,7 +169,7 @@ def as_finite(x: Array) -> Array:
     return jnp.clip(jnp.where(jnp.isnan(x), largest, x), -largest, largest)
 
 
-def tree_is_finite(tree: Any) -> Array:
+def tree_is_finite(tree: PyTree) -> Array:
     """Whether every entry is finite."""
     finite = jnp.array(True)
     for leaf in jax.tree.leaves(tree):

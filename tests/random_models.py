@@ -1169,7 +1169,7 @@ def one_hot_rows(choices, site, outputs):
     return params, lambda table, x: jax.nn.one_hot(bucket(x, 3), 3) @ table + x.mean(-1)[..., None]
 
 
-@blocks()
+@blocks("shares")
 def entries_by_two_indices(choices, site, outputs):
     params = draw(choices.rng, 3, outputs)
     columns = np.arange(outputs)
@@ -2729,11 +2729,11 @@ def judge(model, method, run, check, fisher):
     """Runs one method and compares."""
     try:
         complaints = check(model, run(model), fisher)
-    except ValueError as error:
+    except (TypeError, ValueError) as error:
         primitive = refused_primitive(model, method, str(error))
         if primitive is not None and not method.endswith("fallback"):
             return Verdict(method, "refused", primitive)
-        return Verdict(method, "crash", f"ValueError: {first_line(error)}")
+        return Verdict(method, "crash", f"{type(error).__name__}: {first_line(error)}")
     except Exception as error:
         return Verdict(method, "crash", f"{type(error).__name__}: {first_line(error)}")
     return (

@@ -40,7 +40,7 @@ def damped_by(rule):
 
 
 def curved_by(kind):
-    return fvp.gauss_newton(kind, *PROBLEM, Y) @ PARAMS
+    return fvp.gauss_newton(kind, *PROBLEM, targets=Y) @ PARAMS
 
 
 CALLS = {
@@ -60,7 +60,7 @@ CALLS = {
     "SampledCurvature": lambda: fvp.mc_fisher(*PROBLEM, KEY).linearized.curvature.scores,
     "gauss_newton": lambda: curved_by(fvp.FisherCurvature),
     "gauss_newton_vector_product": lambda: fvp.gauss_newton_vector_product(
-        fvp.FisherCurvature, *PROBLEM, Y, PARAMS
+        fvp.FisherCurvature, *PROBLEM, PARAMS
     ),
     "Gaussian": lambda: fvp.Gaussian().nll(jnp.zeros((2, 1)), jnp.ones((2, 1))),
     "Sigmoid": lambda: fvp.Sigmoid().nll(jnp.zeros((2, 1)), jnp.ones((2, 1))),

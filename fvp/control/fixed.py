@@ -12,7 +12,8 @@ from fvp.control.record import Outcome, Step
 from fvp.control.rule import DampingRule, Observation
 from fvp.typing import Params
 
-_RETRIED = 4.0  # damping over that of the step that failed, where none was given
+# Damping over that of the step that failed, where none was given; docs/decisions/steps.md
+_RETRIED = 4.0
 
 
 @dataclasses.dataclass(frozen=True)

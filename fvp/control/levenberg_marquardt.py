@@ -14,6 +14,7 @@ from fvp.control.record import Outcome, Step
 from fvp.control.rule import DampingRule, Observation
 from fvp.numerics import sum_entries, tree_vdot
 
+# Where these numbers come from: docs/decisions/steps.md
 # Errors of the quadratic model over 1/2 s^T (A + damping) s. The classical thresholds on the
 # reduction ratio (1/4, 3/4) let small batches be fitted to the last digit and raise the loss
 # on all others; these ask the model to be right to some per cent.

@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 from jax import Array
 
-HALVINGS, FURTHER = 20, 100
+HALVINGS, FURTHER = 20, 100  # docs/decisions/steps.md
 
 
 def halving_search(loss: Callable[[Array], Array], before: Array) -> tuple[Array, Array]:

@@ -13,6 +13,7 @@ from fvp.control.record import Outcome, Step
 from fvp.control.rule import DampingRule, Observation
 from fvp.typing import Params
 
+# docs/decisions/steps.md
 _TRUSTED, _DISTRUSTED = 0.75, 0.25
 _FALL, _RISE, _REJECTED = 0.5, 2.0, 4.0  # what damping is multiplied by
 _SMALLEST, _LARGEST = 1e-8, 1e30

@@ -9,7 +9,7 @@ from jax import Array
 
 from fvp.control.record import Outcome, Step
 
-_LEAST = 1e-4  # of the predicted reduction (J. Nocedal, S. Wright, Numerical optimization, 4.1)
+_LEAST = 1e-4  # of the predicted reduction; docs/decisions/steps.md
 
 
 def loss_outcome(step: Step, before: Array, loss: Callable[[Array], Array]) -> Outcome:

@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 from jax import Array
 
-_CORRECTIONS, _HALVINGS = 12, 60
+_CORRECTIONS, _HALVINGS = 12, 60  # docs/decisions/steps.md
 
 
 def length_within_kl(

@@ -19,6 +19,7 @@ from fvp.curvature.problem import Problem
 from fvp.mesh import AxisName, sum_over, to_local
 from fvp.numerics import cast_like, power_of_two, widen, zeros_of
 from fvp.records import Record
+from fvp.typing import Params, PyTree
 
 
 @dataclasses.dataclass(frozen=True, repr=False)
@@ -70,7 +71,7 @@ class CurvatureOperator(Record):
         """The model's output z, from the same linearisation."""
         return self.linearized.output
 
-    def mv(self, v: Any) -> Any:
+    def mv(self, v: Params) -> Params:
         """The curvature times ``v``: one linear JVP, the z-space scaling, one linear VJP.
 
         Args:
@@ -85,27 +86,27 @@ class CurvatureOperator(Record):
         """
         return _product(self, check_like(v, self.like, "v", "params"))
 
-    def __matmul__(self, v: Any) -> Any:
+    def __matmul__(self, v: Params) -> Params:
         return self.mv(v)
 
-    def mv_and_form(self, v: Any) -> tuple[Any, Array]:
+    def mv_and_form(self, v: Params) -> tuple[Params, Array]:
         """The product with ``v`` and v^T (curvature) v, at the cost of the product alone."""
         return _product_and_form(self, check_like(v, self.like, "v", "params"))
 
-    def transpose_product(self, u: Array) -> Any:
+    def transpose_product(self, u: Array) -> Params:
         """J^T H_L u for a change ``u`` of the outputs; of curvatures J^T H_L J that hold J."""
         return self._mean(self.linearized.transpose_product(u, self.scale))
 
-    def quadratic_form(self, v: Any) -> Array:
+    def quadratic_form(self, v: Params) -> Array:
         """v^T (curvature) v as a scalar in float32 or wider; costs one JVP where z suffices."""
         return self.inner_products(v)[0, 0]
 
-    def inner_products(self, *vectors: Any) -> Array:
+    def inner_products(self, *vectors: Params) -> Array:
         """The matrix of v_i^T (curvature) v_j; costs one JVP for each vector where z suffices."""
         like = self.like
         return _inner_products(self, [check_like(v, like, "v", "params") for v in vectors])
 
-    def value_and_grad(self, targets: Any) -> tuple[Array, Any]:
+    def value_and_grad(self, targets: PyTree) -> tuple[Array, Params]:
         """The mean loss at ``targets`` and its gradient, from the same linearisation.
 
         Saves the forward pass that ``jax.value_and_grad`` would repeat; pass the gradient and this
@@ -134,7 +135,7 @@ class CurvatureOperator(Record):
             )
         return _dense(self)
 
-    def _mean(self, tree: Any) -> Any:
+    def _mean(self, tree: PyTree) -> PyTree:
         # Where all weights are zero the total is infinite, and nothing that was summed counts.
         none = self.total == jnp.inf
         mean = lambda x: jnp.where(none, 0, widen(x) / (self.total * self.scale))
@@ -172,25 +173,25 @@ def _in_chunks(linearize: Linearize, problem: Problem, chunk_size: int) -> Curva
 
 
 @compiled_when_eager
-def _product(operator: CurvatureOperator, v: Any) -> Any:
+def _product(operator: CurvatureOperator, v: Params) -> Params:
     v = to_local(v, operator.axis_name, "v")
     return operator._mean(operator.linearized.product(v, operator.scale))
 
 
 @compiled_when_eager
-def _product_and_form(operator: CurvatureOperator, v: Any) -> tuple[Any, Array]:
+def _product_and_form(operator: CurvatureOperator, v: Params) -> tuple[Params, Array]:
     v = to_local(v, operator.axis_name, "v")
     return operator._mean(operator.linearized.product_and_form(v, operator.scale))
 
 
 @compiled_when_eager
-def _inner_products(operator: CurvatureOperator, vectors: list[Any]) -> Array:
+def _inner_products(operator: CurvatureOperator, vectors: list[Params]) -> Array:
     vectors = to_local(vectors, operator.axis_name, "v")
     return operator._mean(operator.linearized.inner_products(vectors, operator.scale))
 
 
 @compiled_when_eager
-def _value_and_grad(operator: CurvatureOperator, targets: Any) -> tuple[Array, Any]:
+def _value_and_grad(operator: CurvatureOperator, targets: PyTree) -> tuple[Array, Params]:
     return operator._mean(operator.linearized.value_and_gradient(targets, operator.scale))
 
 

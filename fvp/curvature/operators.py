@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import jax
 from jax import Array
 from jax.typing import ArrayLike
@@ -23,7 +21,7 @@ from fvp.curvature.output_curvature import (
 from fvp.curvature.problem import Problem, required_targets
 from fvp.heads import Head
 from fvp.mesh import AxisName
-from fvp.typing import Batch, ModelFn, Params
+from fvp.typing import Batch, ModelFn, Params, PyTree
 
 
 def gauss_newton(
@@ -32,11 +30,11 @@ def gauss_newton(
     head: Head,
     params: Params,
     batch: Batch,
-    targets: Any = None,
     *,
+    targets: PyTree = None,
     weights: ArrayLike | None = None,
     chunk_size: int | None = None,
-    batch_axes: Any = 0,
+    batch_axes: PyTree = 0,
     axis_name: AxisName = None,
 ) -> CurvatureOperator:
     r"""The curvature sum_i w_i J_i^T H_i J_i / sum_i w_i of any H in the space of the outputs.
@@ -64,7 +62,7 @@ def gauss_newton(
       >>> import jax.numpy as jnp, fvp
       >>> x, y = jnp.array([[1.0], [2.0]]), jnp.array([[1.0], [0.0]])
       >>> model, w = lambda w, x: x @ w, jnp.zeros((1, 1))
-      >>> E = fvp.gauss_newton(fvp.EmpiricalCurvature, model, fvp.Sigmoid(), w, x, y)
+      >>> E = fvp.gauss_newton(fvp.EmpiricalCurvature, model, fvp.Sigmoid(), w, x, targets=y)
       >>> print(E @ jnp.ones((1, 1)))  # mean of (x / 2)^2
       [[0.625]]
 
@@ -93,7 +91,7 @@ def fisher(
     *,
     weights: ArrayLike | None = None,
     chunk_size: int | None = None,
-    batch_axes: Any = 0,
+    batch_axes: PyTree = 0,
     axis_name: AxisName = None,
 ) -> CurvatureOperator:
     r"""True Fisher information, F = sum_i w_i J_i^T F_R(z_i) J_i / sum_i w_i.
@@ -153,11 +151,11 @@ def ggn(
     head: Head,
     params: Params,
     batch: Batch,
-    targets: Any,
+    targets: PyTree,
     *,
     weights: ArrayLike | None = None,
     chunk_size: int | None = None,
-    batch_axes: Any = 0,
+    batch_axes: PyTree = 0,
     axis_name: AxisName = None,
 ) -> CurvatureOperator:
     r"""Generalised Gauss-Newton matrix, G = sum_i w_i J_i^T [d^2 nll_i / dz^2] J_i / sum_i w_i.
@@ -182,11 +180,11 @@ def empirical_fisher(
     head: Head,
     params: Params,
     batch: Batch,
-    targets: Any,
+    targets: PyTree,
     *,
     weights: ArrayLike | None = None,
     chunk_size: int | None = None,
-    batch_axes: Any = 0,
+    batch_axes: PyTree = 0,
     axis_name: AxisName = None,
 ) -> CurvatureOperator:
     r"""Empirical Fisher, E = sum_i w_i g_i g_i^T / sum_i w_i, with g_i = J_i^T score(z_i, y_i).
@@ -223,7 +221,7 @@ def mc_fisher(
     num_samples: int = 1,
     weights: ArrayLike | None = None,
     chunk_size: int | None = None,
-    batch_axes: Any = 0,
+    batch_axes: PyTree = 0,
     axis_name: AxisName = None,
 ) -> CurvatureOperator:
     r"""Monte Carlo Fisher: the outer products of scores at labels drawn from the model.
@@ -248,11 +246,11 @@ def hessian(
     head: Head,
     params: Params,
     batch: Batch,
-    targets: Any,
+    targets: PyTree,
     *,
     weights: ArrayLike | None = None,
     chunk_size: int | None = None,
-    batch_axes: Any = 0,
+    batch_axes: PyTree = 0,
     axis_name: AxisName = None,
 ) -> CurvatureOperator:
     r"""The Hessian of the mean loss, G plus the curvature of the model itself; may be indefinite.

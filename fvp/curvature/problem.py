@@ -9,6 +9,7 @@ from typing import Any, Self
 import jax
 import jax.numpy as jnp
 from jax import Array
+from jax.typing import ArrayLike
 
 from fvp.checks import broadcast_weights, check_inexact_tree
 from fvp.curvature.presence import without_absent
@@ -18,7 +19,7 @@ from fvp.mesh import AxisName, check_axis_name, device_count, sum_over, to_local
 from fvp.model import Model, close_model
 from fvp.numerics import wide_dtype, widen
 from fvp.records import Record
-from fvp.typing import Batch, ModelFn, Params
+from fvp.typing import Batch, ModelFn, Params, PyTree
 
 
 @dataclasses.dataclass(frozen=True)
@@ -43,8 +44,8 @@ class Problem(Record):
     head: Head
     params: Params
     batch: Batch
-    targets: Any = None
-    weights: Any = None
+    targets: PyTree = None
+    weights: ArrayLike | None = None
     keys: Array | None = None
     indices: Array | None = None
     shard: Array | None = None
@@ -59,7 +60,7 @@ class Problem(Record):
         params: Params,
         batch: Batch,
         *,
-        batch_axes: Any = 0,
+        batch_axes: PyTree = 0,
         axis_name: AxisName = None,
         **data: Any,
     ) -> Self:
@@ -133,7 +134,7 @@ class Problem(Record):
         return widen(mask_outputs(self.example_weights(z), self.head.event_ndim, z))
 
 
-def required_targets(targets: Any) -> Any:
+def required_targets(targets: PyTree) -> Any:
     """Raises unless there are targets."""
     if targets is None:
         raise ValueError("targets: expected the labels of the batch, got None.")
@@ -161,7 +162,7 @@ def example_indices(count: int, shard: Array | None) -> Array:
     return jnp.arange(count) + (0 if shard is None else shard * count)
 
 
-def leaf_axes(batch: Batch, batch_axes: Any) -> tuple[int | None, ...]:
+def leaf_axes(batch: Batch, batch_axes: PyTree) -> tuple[int | None, ...]:
     """One example axis, or None, for each leaf of ``batch``; ``batch_axes`` is a tree prefix."""
     axes = spread_axes(batch, batch_axes)
     for (path, leaf), axis in zip(jax.tree_util.tree_leaves_with_path(batch), axes, strict=True):
@@ -174,7 +175,7 @@ def leaf_axes(batch: Batch, batch_axes: Any) -> tuple[int | None, ...]:
     return tuple(a if a is None else a % n for a, n in zip(axes, ranks, strict=True))
 
 
-def spread_axes(batch: Batch, batch_axes: Any) -> list[int | None]:
+def spread_axes(batch: Batch, batch_axes: PyTree) -> list[int | None]:
     """The entry of the tree prefix ``batch_axes`` at each leaf of ``batch``."""
     is_none = lambda axis: axis is None
     try:

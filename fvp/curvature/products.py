@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 from jax.typing import ArrayLike
 
 from fvp.checks import check_like
@@ -19,7 +17,7 @@ from fvp.curvature.output_curvature import (
 )
 from fvp.curvature.problem import Problem, required_targets
 from fvp.heads import Head
-from fvp.typing import Batch, ModelFn, Params
+from fvp.typing import Batch, ModelFn, Params, PyTree
 
 
 def fisher_vector_product(
@@ -31,7 +29,7 @@ def fisher_vector_product(
     *,
     weights: ArrayLike | None = None,
     chunk_size: int | None = None,
-    batch_axes: Any = 0,
+    batch_axes: PyTree = 0,
 ) -> Params:
     """``fvp.fisher(...) @ vector`` in one call.
 
@@ -62,12 +60,12 @@ def ggn_vector_product(
     head: Head,
     params: Params,
     batch: Batch,
-    targets: Any,
+    targets: PyTree,
     vector: Params,
     *,
     weights: ArrayLike | None = None,
     chunk_size: int | None = None,
-    batch_axes: Any = 0,
+    batch_axes: PyTree = 0,
 ) -> Params:
     """``fvp.ggn(...) @ vector`` in one call; see :func:`fisher_vector_product`."""
     data = {"weights": weights, "batch_axes": batch_axes, "targets": required_targets(targets)}
@@ -80,12 +78,12 @@ def empirical_fisher_vector_product(
     head: Head,
     params: Params,
     batch: Batch,
-    targets: Any,
+    targets: PyTree,
     vector: Params,
     *,
     weights: ArrayLike | None = None,
     chunk_size: int | None = None,
-    batch_axes: Any = 0,
+    batch_axes: PyTree = 0,
 ) -> Params:
     """``fvp.empirical_fisher(...) @ vector`` in one call; see :func:`fisher_vector_product`."""
     data = {"weights": weights, "batch_axes": batch_axes, "targets": required_targets(targets)}
@@ -99,12 +97,12 @@ def gauss_newton_vector_product(
     head: Head,
     params: Params,
     batch: Batch,
-    targets: Any,
     vector: Params,
     *,
+    targets: PyTree = None,
     weights: ArrayLike | None = None,
     chunk_size: int | None = None,
-    batch_axes: Any = 0,
+    batch_axes: PyTree = 0,
 ) -> Params:
     """``fvp.gauss_newton(kind, ...) @ vector`` in one call; see :func:`fisher_vector_product`."""
     check_output_curvature(kind, "kind")

@@ -23,7 +23,8 @@ from fvp.solvers.dual import Dual, no_dual
 from fvp.solvers.iterative import CG, CGState
 from fvp.typing import PyTree
 
-_MOST_ROWS = 4096  # a matrix of that size factorises in about the time of a hundred products
+# docs/decisions/solvers.md
+_MOST_ROWS = 4096
 _MOST_PARAMETERS = 1024
 
 

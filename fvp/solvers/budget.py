@@ -7,6 +7,7 @@ from typing import NamedTuple
 import jax.numpy as jnp
 from jax import Array
 
+# docs/decisions/solvers.md
 ITERATIONS = 11
 _FEWEST, _MOST = 2, 10 * ITERATIONS
 _GROWTH = 1.1  # of the limit, a step

@@ -17,7 +17,7 @@ from fvp.solvers.damped import DampedCurvature, DampedSolver, DampedSystem, Mome
 from fvp.typing import Params, PyTree
 
 # Least damping of an exact solve over the norm of the gradient: below, where the curvature vanishes
-# in float32, the squared norm of the solution would overflow.
+# in float32, the squared norm of the solution would overflow; docs/decisions/solvers.md
 _LEAST = 2.0**-60
 
 

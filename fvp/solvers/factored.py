@@ -22,7 +22,7 @@ from fvp.solvers.damped import DampedCurvature, DampedSolver, DampedSystem, Mome
 from fvp.tracing.coverage import check_fallback
 from fvp.typing import Params
 
-INVERSE_PERIOD = 5  # steps, where factors are kept between them
+INVERSE_PERIOD = 5  # steps, where factors are kept between them; docs/decisions/solvers.md
 
 
 class KFACState(NamedTuple):

@@ -9,7 +9,8 @@ from fvp.numerics import cast_like, tree_is_finite, tree_norm
 from fvp.solvers import DampedSystem
 from fvp.typing import Params
 
-_LONGEST = 0.75  # of the correction against the direction; beyond it the expansion says nothing
+# Of the correction against the direction; docs/decisions/steps.md
+_LONGEST = 0.75
 
 
 def geodesic_correction(system: DampedSystem, direction: Params, *, searched: bool) -> Params:
