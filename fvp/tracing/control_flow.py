@@ -81,11 +81,8 @@ class _Loop:
             for i, count in enumerate(parent.counts)
         ]
         inputs = [_outlasting(value) for value in inputs]
-        consts, init, xs = (
-            inputs[:fixed],
-            inputs[fixed : fixed + carried],
-            inputs[fixed + carried :],
-        )
+        consts, rest = inputs[:fixed], inputs[fixed:]
+        init, xs = rest[:carried], rest[carried:]
         for i, value in enumerate(init):
             if value.views:
                 before = tuple(leave_carry(column[fixed + i]) for column in axes)

@@ -10,11 +10,12 @@ import jax.numpy as jnp
 import numpy as np
 
 from fvp.tracing.parameter_views import ParameterView
+from fvp.tracing.steps import Shape
 
 
 @dataclasses.dataclass(frozen=True)
 class Layout:
-    """How the entries of a leaf are a weight (groups, inputs, outputs); hashable.
+    """How the entries of a leaf are a weight (G, I, O), see `uses.py`; hashable.
 
     ``parts`` are the axes of the view's core that are groups, inputs and outputs; the stacked axes
     are the slowest groups. Where the view embeds the leaf in zeros, ``kept`` are the numbers of the
@@ -26,7 +27,7 @@ class Layout:
     kept: tuple[tuple[int, ...], ...] | None = None
 
     @property
-    def stacks(self) -> tuple[int, ...]:
+    def stacks(self) -> Shape:
         """The lengths of the stacked axes."""
         return self.view.stack_lengths
 
@@ -42,18 +43,18 @@ class Layout:
         return (math.prod(self.stacks) * groups, *sides)  # pyright: ignore[reportReturnType]
 
     def weight(self, leaf: Any) -> Any:
-        """The weight (groups, inputs, outputs), out of a leaf; NumPy stays NumPy."""
+        """The weight (G, I, O), out of a leaf; NumPy stays NumPy."""
         core, lead = self.view.core(leaf), len(self.stacks)
         order = [lead + d for part in self.parts for d in part]
         weight = core.transpose(*range(lead), *order).reshape(self.whole)
         return weight if self.kept is None else weight[np.ix_(*self.kept)]
 
-    def entries(self, shape: tuple[int, ...]) -> np.ndarray:
+    def entries(self, shape: Shape) -> np.ndarray:
         """Which entry of the leaf, of ``shape``, each of the weight is; -1 for none."""
         return self.weight(np.arange(1, math.prod(shape) + 1).reshape(shape)) - 1
 
     def leaf(self, weight: Any, *, squared: bool = False) -> Any:
-        """The leaf's share of a gradient (..., groups, inputs, outputs), or of ``squared`` ones."""
+        """The leaf's share of a gradient (..., G, I, O), or of ``squared`` ones."""
         if self.kept is not None:
             zeros = jnp.zeros((*weight.shape[:-3], *self.whole), weight.dtype)
             weight = zeros.at[(..., *np.ix_(*self.kept))].set(weight)
