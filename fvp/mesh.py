@@ -18,11 +18,12 @@ from jax.sharding import AxisType, Mesh, PartitionSpec
 
 from fvp.compatibility import to_varying, varying_axes
 from fvp.numerics import widen_tree
+from fvp.typing import PyTree
 
 AxisName = str | tuple[str, ...] | None
 
 
-def to_local(tree: Any, axis_name: AxisName, name: str) -> Any:
+def to_local(tree: PyTree, axis_name: AxisName, name: str) -> Any:
     """The same values, typed as this device's own, so that derivatives in them stay local.
 
     Without it ``jax.shard_map`` (with ``check_vma=True``) sums cotangents over devices wherever a
@@ -43,7 +44,7 @@ def to_local(tree: Any, axis_name: AxisName, name: str) -> Any:
         ) from error
 
 
-def check_axis_name(params: Any, z: Any) -> None:
+def check_axis_name(params: PyTree, z: Any) -> None:
     """Raises where ``z`` differs between devices, ``params`` do not, and no axis was named.
 
     JAX would then sum products over the devices, and nothing would sum the weights.
@@ -58,7 +59,7 @@ def check_axis_name(params: Any, z: Any) -> None:
         )
 
 
-def sum_over(tree: Any, axis_name: AxisName) -> Any:
+def sum_over(tree: PyTree, axis_name: AxisName) -> Any:
     """Sum over devices, in float32 or wider."""
     return tree if axis_name is None else jax.lax.psum(widen_tree(tree), axis_name)
 
@@ -68,7 +69,7 @@ def device_count(axis_name: AxisName) -> int:
     return 1 if axis_name is None else jax.lax.psum(1, axis_name)
 
 
-def row_axes(x: Any, axis: int = 0) -> Any:
+def row_axes(x: Array, axis: int = 0) -> Any:
     """The Explicit mesh axes that the example axis of ``x`` is sharded over, or None."""
     spec = jax.typeof(x).sharding.spec
     return spec[axis] if len(spec) else None
@@ -127,7 +128,7 @@ def share_out(
     """``function(item)`` of every item, each made by one device of ``mesh`` and sent to all."""
     axes, owners = mesh.axis_names, balanced_owners(costs, mesh.size)
 
-    def share(items: Any) -> Any:
+    def share(items: PyTree) -> Any:
         index, results = jax.lax.axis_index(axes), []
         for item, owner in zip(to_local(items, axes, "items"), owners, strict=True):
             shapes = jax.eval_shape(function, item)

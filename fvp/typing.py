@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any, TypeAlias
 
+import jax
 from jax import Array
 
 #: A pytree of any kind.
@@ -21,3 +22,6 @@ Batch: TypeAlias = Any
 
 #: ``model_fn(params, batch) -> z``.
 ModelFn: TypeAlias = Callable[[Params, Batch], Array]
+
+#: An array, or what ``jax.eval_shape`` says of one.
+ArrayOrShape: TypeAlias = Array | jax.ShapeDtypeStruct

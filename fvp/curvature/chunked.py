@@ -14,7 +14,7 @@ from fvp.curvature.linearized import Linearize, LinearizedCurvature
 from fvp.curvature.problem import Problem, example_indices, leaf_axes
 from fvp.mesh import map_rows, row_axes, shard_count, shard_rows
 from fvp.numerics import cast_like, scan_sum, wide_dtype, widen_tree
-from fvp.typing import Params
+from fvp.typing import Params, PyTree
 
 
 @dataclasses.dataclass(frozen=True)
@@ -90,7 +90,7 @@ class Chunked(LinearizedCurvature):
         """The inner products of all pairs, summed over chunks."""
         return self._sum(lambda chunk, _: chunk.inner_products(vectors, scale))
 
-    def value_and_gradient(self, targets: Any, scale: Array) -> tuple[Array, Params]:
+    def value_and_gradient(self, targets: PyTree, scale: Array) -> tuple[Array, Params]:
         """Loss and gradient, summed over chunks."""
         if jnp.shape(targets)[:1] != (self.count,):
             raise ValueError(

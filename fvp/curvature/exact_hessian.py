@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Sequence
-from typing import Any, Self
+from typing import Self
 
 import jax
 import jax.numpy as jnp
@@ -16,7 +16,7 @@ from fvp.curvature.linearized import LinearizedCurvature
 from fvp.curvature.problem import Problem
 from fvp.heads import Head
 from fvp.numerics import pairwise, tree_vdot, tree_zeros_like, widen
-from fvp.typing import Params
+from fvp.typing import Params, PyTree
 
 
 @dataclasses.dataclass(frozen=True)
@@ -62,7 +62,7 @@ class ExactHessian(LinearizedCurvature):
         """v^T H v' for all pairs, from one product each."""
         return pairwise(tree_vdot, vectors, [self.product(v, scale) for v in vectors])
 
-    def value_and_gradient(self, targets: Any, scale: Array) -> tuple[Array, Params]:
+    def value_and_gradient(self, targets: PyTree, scale: Array) -> tuple[Array, Params]:
         """sum_i w_i nll_i and its gradient."""
         value, cotangent = nll_and_cotangent(self.head, self.output, targets, self.weights)
         cotangent = (scale * cotangent).astype(self.output.dtype)

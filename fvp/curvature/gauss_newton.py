@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 from collections.abc import Sequence
-from typing import Any, Self
+from typing import Self
 
 import jax.numpy as jnp
 from jax import Array
@@ -16,7 +16,7 @@ from fvp.curvature.output_curvature import OutputCurvature
 from fvp.curvature.problem import Problem, apply_weights, mask_outputs
 from fvp.heads import Head, Root
 from fvp.numerics import pairwise, widen
-from fvp.typing import Params
+from fvp.typing import Params, PyTree
 
 
 @dataclasses.dataclass(frozen=True)
@@ -58,7 +58,7 @@ class GaussNewton(LinearizedCurvature):
         inner = lambda u, Hu: scale * jnp.sum(self._weighted(u * Hu))
         return pairwise(inner, images, [self.curvature(u) for u in images])
 
-    def value_and_gradient(self, targets: Any, scale: Array) -> tuple[Array, Params]:
+    def value_and_gradient(self, targets: PyTree, scale: Array) -> tuple[Array, Params]:
         """sum_i w_i nll_i and its gradient."""
         value, cotangent = nll_and_cotangent(self.head, self.output, targets, self.weights)
         return scale * value, self.model.vjp((scale * cotangent).astype(self.output.dtype))
@@ -86,7 +86,7 @@ def gauss_newton_of(kind: type[OutputCurvature]) -> Linearize:
 
 
 def nll_and_cotangent(
-    head: Head, z: Array, targets: Any, weights: Array | None
+    head: Head, z: Array, targets: PyTree, weights: Array | None
 ) -> tuple[Array, Array]:
     """sum_i w_i nll_i and its gradient in z, both in float32 or wider."""
     z = widen(mask_outputs(weights, head.event_ndim, z))

@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import abc
 from collections.abc import Callable, Sequence
-from typing import Any
 
 from jax import Array
 
 from fvp.curvature.problem import Problem
 from fvp.heads import Root
 from fvp.records import Record
-from fvp.typing import Params
+from fvp.typing import Params, PyTree
 
 
 class LinearizedCurvature(Record, abc.ABC):
@@ -40,7 +39,7 @@ class LinearizedCurvature(Record, abc.ABC):
         """The matrix of v^T C v' for all pairs."""
 
     @abc.abstractmethod
-    def value_and_gradient(self, targets: Any, scale: Array) -> tuple[Array, Params]:
+    def value_and_gradient(self, targets: PyTree, scale: Array) -> tuple[Array, Params]:
         """sum_i w_i nll_i at ``targets``, and its gradient."""
 
     def root(self) -> Root | None:

@@ -11,9 +11,11 @@ import jax.numpy as jnp
 import numpy as np
 from jax import Array
 from jax.core import Tracer
+from jax.typing import ArrayLike, DTypeLike
 
 from fvp.heads.head import NaturalHead, check_event_ndim
 from fvp.heads.root import Root, flat_events, unit_columns
+from fvp.typing import ArrayOrShape
 
 
 @dataclasses.dataclass(frozen=True)
@@ -55,7 +57,7 @@ class Gaussian(NaturalHead):
         else:
             _check_precision(self.precision)
 
-    def _check_event(self, z: Any, name: str) -> None:
+    def _check_event(self, z: ArrayOrShape, name: str) -> None:
         event = z.shape[z.ndim - self.event_ndim :]
         if self.precision is not None:
             if jnp.shape(self.precision) != event * 2:
@@ -79,11 +81,11 @@ class Gaussian(NaturalHead):
         """The matrix times x on the last axis, at full precision on every device."""
         return jnp.einsum("ij,...j->...i", factor, x, precision=jax.lax.Precision.HIGHEST)
 
-    def _root(self, dtype: Any) -> Array:
+    def _root(self, dtype: DTypeLike) -> Array:
         """S as a lower triangular matrix, precision = S S^T."""
         return jnp.linalg.cholesky(jnp.asarray(self.precision, dtype))
 
-    def _scale(self, dtype: Any) -> Array:
+    def _scale(self, dtype: DTypeLike) -> Array:
         return jnp.asarray(self.scale, dtype)
 
     def _nll(self, z: Array, y: Array) -> Array:
@@ -99,7 +101,7 @@ class Gaussian(NaturalHead):
     def _mean(self, z: Array) -> Array:
         return z
 
-    def _sample(self, key: Array, z: Array, dtype: Any) -> Array:
+    def _sample(self, key: Array, z: Array, dtype: DTypeLike) -> Array:
         noise = jax.random.normal(key, z.shape, z.dtype)
         if self.precision is None:
             return (z + self._scale(z.dtype) * noise).astype(dtype)
@@ -125,7 +127,7 @@ class Gaussian(NaturalHead):
         return u / self._scale(z.dtype)
 
     def _fisher_root(self, z: Array) -> Root:
-        def score(targets: Any) -> Array:
+        def score(targets: ArrayLike) -> Array:
             difference = z - jnp.asarray(targets).astype(z.dtype)
             return flat_events(self._sqrt_fisher_transpose(z, difference), self.event_ndim)
 

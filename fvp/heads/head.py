@@ -7,15 +7,19 @@ them.
 from __future__ import annotations
 
 import abc
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import jax.numpy as jnp
 from jax import Array
-from jax.typing import ArrayLike
+from jax.typing import ArrayLike, DTypeLike
 
 from fvp.heads.root import Root, unit_columns
 from fvp.numerics import widen
 from fvp.records import Record
+from fvp.typing import ArrayOrShape
+
+if TYPE_CHECKING:
+    from jaxtyping import Float
 
 
 class Head(Record, abc.ABC):
@@ -62,12 +66,12 @@ class Head(Record, abc.ABC):
 
     event_ndim: int = 1
 
-    def nll(self, z: Array, y: ArrayLike) -> Array:
+    def nll(self, z: Float[Array, "*z"], y: ArrayLike) -> Float[Array, "*batch"]:
         """-log r(y given z), normalising constants included; shape = batch axes."""
         y = self.check_targets(z, y)
         return self._nll(widen(z), y).astype(z.dtype)
 
-    def mean(self, z: Array) -> Array:
+    def mean(self, z: Float[Array, "*z"]) -> Float[Array, "*z"]:
         """E[y given z]; shape of ``z``."""
         self.check_outputs(z)
         return self._mean(widen(z)).astype(z.dtype)
@@ -77,27 +81,31 @@ class Head(Record, abc.ABC):
         self.check_outputs(z)
         return self._sample(key, widen(z), z.dtype)
 
-    def score(self, z: Array, y: ArrayLike) -> Array:
+    def score(self, z: Float[Array, "*z"], y: ArrayLike) -> Float[Array, "*z"]:
         """Gradient of log r(y given z) with respect to ``z``; shape of ``z``."""
         y = self.check_targets(z, y)
         return self._score(widen(z), y).astype(z.dtype)
 
-    def fisher(self, z: Array, u: Array) -> Array:
+    def fisher(self, z: Float[Array, "*z"], u: Float[Array, "*z"]) -> Float[Array, "*z"]:
         """F_R(z) u, where F_R(z) = E_y[score score^T] over the head's own y; shape of ``z``."""
         self.check_outputs(z)
         return self._fisher(widen(z), widen(u)).astype(z.dtype)
 
-    def hessian(self, z: Array, y: ArrayLike, u: Array) -> Array:
+    def hessian(
+        self, z: Float[Array, "*z"], y: ArrayLike, u: Float[Array, "*z"]
+    ) -> Float[Array, "*z"]:
         """Hessian of :meth:`nll` in ``z``, times ``u``; shape of ``z``."""
         y = self.check_targets(z, y)
         return self._hessian(widen(z), y, widen(u)).astype(z.dtype)
 
-    def sqrt_fisher(self, z: Array, w: Array) -> Array:
+    def sqrt_fisher(self, z: Float[Array, "*z"], w: Float[Array, "*z"]) -> Float[Array, "*z"]:
         """S w, where S S^T = F_R(z); ``w`` and the result have the shape of ``z``."""
         self.check_outputs(z)
         return self._sqrt_fisher(widen(z), widen(w)).astype(z.dtype)
 
-    def sqrt_fisher_transpose(self, z: Array, u: Array) -> Array:
+    def sqrt_fisher_transpose(
+        self, z: Float[Array, "*z"], u: Float[Array, "*z"]
+    ) -> Float[Array, "*z"]:
         """S^T u, where S S^T = F_R(z); ``u`` and the result have the shape of ``z``."""
         self.check_outputs(z)
         return self._sqrt_fisher_transpose(widen(z), widen(u)).astype(z.dtype)
@@ -112,13 +120,13 @@ class Head(Record, abc.ABC):
         y = self.check_targets(z, y)
         return self._hessian_root(widen(z), y)
 
-    def kl(self, z: Array, z_new: Array) -> Array:
+    def kl(self, z: Float[Array, "*z"], z_new: Float[Array, "*z"]) -> Float[Array, "*batch"]:
         """KL(r(z) to r(z_new)), exact, keeping its digits when the two are close; batch axes."""
         self.check_outputs(z)
         self.check_outputs(z_new, "z_new")
         return self._kl(widen(z), widen(z_new)).astype(z.dtype)
 
-    def batch_shape(self, z: Any) -> tuple[int, ...]:
+    def batch_shape(self, z: ArrayOrShape) -> tuple[int, ...]:
         """The batch axes of ``z``: all axes before the event axes."""
         return z.shape[: z.ndim - self.event_ndim]
 
@@ -151,18 +159,18 @@ class Head(Record, abc.ABC):
             )
         self._check_event(z, name)
 
-    def check_targets(self, z: Any, y: ArrayLike) -> Array:
+    def check_targets(self, z: ArrayOrShape, y: ArrayLike) -> Array:
         """Raises unless the targets ``y`` fit ``z``; returns them as an array."""
         self.check_outputs(z)
         y = jnp.asarray(y)
         self._check_targets(z, y)
         return y
 
-    def _check_event(self, z: Any, name: str) -> None:
+    def _check_event(self, z: ArrayOrShape, name: str) -> None:
         """Raises when the event axes of ``z`` do not fit the head's own fields."""
         del z, name
 
-    def _check_targets(self, z: Any, y: Array) -> None:
+    def _check_targets(self, z: ArrayOrShape, y: Array) -> None:
         if y.shape != z.shape:
             raise ValueError(
                 f"targets: {type(self).__name__} expects one target for each output, shape"
@@ -176,7 +184,7 @@ class Head(Record, abc.ABC):
     def _mean(self, z: Array) -> Array: ...
 
     @abc.abstractmethod
-    def _sample(self, key: Array, z: Array, dtype: Any) -> Array: ...
+    def _sample(self, key: Array, z: Array, dtype: DTypeLike) -> Array: ...
 
     @abc.abstractmethod
     def _score(self, z: Array, y: Array) -> Array: ...

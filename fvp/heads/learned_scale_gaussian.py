@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from typing import Any
 
 import jax
 import jax.numpy as jnp
 from jax import Array
+from jax.typing import DTypeLike
 
 from fvp.heads.head import Head, exp_excess
+from fvp.typing import ArrayOrShape
 
 
 @dataclasses.dataclass(frozen=True)
@@ -31,14 +32,14 @@ class LearnedScaleGaussian(Head):
       [[1. 2.]] [[3. 4.]]
     """
 
-    def _check_event(self, z: Any, name: str) -> None:
+    def _check_event(self, z: ArrayOrShape, name: str) -> None:
         if z.shape[-1] != 2:
             raise ValueError(
                 f"{name}: LearnedScaleGaussian expects (mean, log standard deviation) on the last"
                 f" axis, of length 2, got shape {z.shape}."
             )
 
-    def _check_targets(self, z: Any, y: Array) -> None:
+    def _check_targets(self, z: ArrayOrShape, y: Array) -> None:
         if y.shape != self.batch_shape(z):
             raise ValueError(
                 f"targets: LearnedScaleGaussian expects shape {self.batch_shape(z)} for z of shape"
@@ -52,7 +53,7 @@ class LearnedScaleGaussian(Head):
     def _mean(self, z: Array) -> Array:
         return z[..., 0]
 
-    def _sample(self, key: Array, z: Array, dtype: Any) -> Array:
+    def _sample(self, key: Array, z: Array, dtype: DTypeLike) -> Array:
         noise = jax.random.normal(key, z.shape[:-1], z.dtype)
         return (z[..., 0] + jnp.exp(z[..., 1]) * noise).astype(dtype)
 

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import dataclasses
-from typing import Any
 
 import jax
 import jax.numpy as jnp
 from jax import Array
+from jax.typing import ArrayLike, DTypeLike
 
 from fvp.heads.head import NaturalHead, check_event_ndim, log_partition_gap
 from fvp.heads.root import Root, flat_events, unit_columns
@@ -47,7 +47,7 @@ class Sigmoid(NaturalHead):
     def _mean(self, z: Array) -> Array:
         return jax.nn.sigmoid(z)
 
-    def _sample(self, key: Array, z: Array, dtype: Any) -> Array:
+    def _sample(self, key: Array, z: Array, dtype: DTypeLike) -> Array:
         return jax.random.bernoulli(key, jax.nn.sigmoid(z)).astype(dtype)
 
     def _score(self, z: Array, y: Array) -> Array:
@@ -67,7 +67,7 @@ class Sigmoid(NaturalHead):
         return jnp.sqrt(self._variance(z)) * u
 
     def _fisher_root(self, z: Array) -> Root:
-        def score(targets: Any) -> Array:
+        def score(targets: ArrayLike) -> Array:
             w = divide_above_rounding(-self.score(z, targets), self._variance(z))
             return flat_events(w, self.event_ndim)
 

@@ -8,10 +8,12 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from jax import Array
+from jax.typing import ArrayLike, DTypeLike
 
 from fvp.heads.head import NaturalHead, log_partition_gap
 from fvp.heads.root import Root
 from fvp.numerics import divide_above_rounding, wide_dtype
+from fvp.typing import ArrayOrShape
 
 
 @dataclasses.dataclass(frozen=True)
@@ -35,14 +37,14 @@ class Softmax(NaturalHead):
        [-0.25 -0.25 -0.25  0.75]]
     """
 
-    def _check_event(self, z: Any, name: str) -> None:
+    def _check_event(self, z: ArrayOrShape, name: str) -> None:
         if z.shape[-1] < 2:
             raise ValueError(
                 f"{name}: Softmax expects two classes or more on the last axis, got shape"
                 f" {z.shape}; for one logit per example use Sigmoid."
             )
 
-    def _check_targets(self, z: Any, y: Array) -> None:
+    def _check_targets(self, z: ArrayOrShape, y: Array) -> None:
         if jnp.issubdtype(y.dtype, jnp.floating):
             if y.shape != z.shape:
                 raise ValueError(
@@ -73,7 +75,7 @@ class Softmax(NaturalHead):
     def _mean(self, z: Array) -> Array:
         return jax.nn.softmax(z)
 
-    def _sample(self, key: Array, z: Array, dtype: Any) -> Array:
+    def _sample(self, key: Array, z: Array, dtype: DTypeLike) -> Array:
         del dtype
         return jax.random.categorical(key, z)
 
@@ -121,13 +123,13 @@ class Softmax(NaturalHead):
         """
         classes = z.shape[-1]
 
-        def column(k: Any) -> Array:
+        def column(k: ArrayLike) -> Array:
             unit = (jnp.arange(classes) == k).astype(z.dtype)
             last = (jnp.arange(classes) == classes - 1).astype(z.dtype)
             w = jnp.broadcast_to(unit, z.shape)
             return self._sqrt_fisher(z, w - _sum(_reflection(z) * unit) * last)
 
-        def score(targets: Any) -> Array:
+        def score(targets: ArrayLike) -> Array:
             w = divide_above_rounding(-self.score(z, targets), jax.nn.softmax(z))
             along = _sum(jnp.sqrt(jax.nn.softmax(z)) * w) + w[..., -1:]
             return (w - _reflection(z) * along)[..., :-1]
