@@ -407,7 +407,10 @@ def test_solve_that_ends_without_descent_does_not_end_training():
     ("error", "rounding", "accepted", "change"),
     [
         (0.1, 0.0, True, 0.5),
-        (0.5, 0.0, True, 1.0),
+        (0.24, 0.0, True, 0.5),
+        (0.26, 0.0, True, 1.0),
+        (0.74, 0.0, True, 1.0),
+        (0.76, 0.0, True, 2.0),
         (0.9, 0.0, True, 2.0),
         (2.0, 0.0, False, 4.0),
         (0.9, 1.5, True, 1.0),
@@ -419,6 +422,14 @@ def test_classical_rule_follows_the_ratio_of_reductions(error, rounding, accepte
     outcome = Outcome(jnp.asarray(error), jnp.asarray(rounding), jnp.asarray(not accepted))
     after = adapted_damping(jnp.asarray(0.2), step, outcome, jnp.asarray(accepted))
     np.testing.assert_allclose(after, change * 0.2, rtol=1e-12)
+
+
+@pytest.mark.parametrize(("damping", "error"), [(1e-8, 0.0), (1e30, 2.0)])
+def test_classical_rule_keeps_damping_between_bounds(damping, error):
+    step = Step(*(jnp.asarray(value) for value in (2.0, 2.0, 0.3, 1.0)))
+    rejected = jnp.asarray(error > 1)
+    outcome = Outcome(jnp.asarray(error), jnp.asarray(0.0), rejected)
+    assert adapted_damping(jnp.asarray(damping), step, outcome, ~rejected) == damping
 
 
 # Bounds in KL ------------------------------------------------------------------------------------
