@@ -12,11 +12,11 @@ from __future__ import annotations
 
 import argparse
 import math
-import time
 from typing import Any
 
 import jax
 import numpy as np
+from _measure import timed
 from peers import Method, adam, natural_gradient
 from tasks import TASKS, Task
 from tqdm import tqdm
@@ -31,12 +31,16 @@ def train(
     """The parameters, steps and seconds when the first of the two limits is reached."""
     params, batches = jax.tree.map(jax.numpy.array, task.init(seed)), task.batches(seed)
     state = method.init(params, next(task.batches(seed)))
-    count, start, elapsed = 0, time.perf_counter(), 0.0
-    while count < steps and elapsed < seconds:
+
+    def some_steps(params: Any, state: Any) -> tuple[Any, Any]:
         for _ in range(BETWEEN):
             params, state = method.step(params, state, batches)
-        jax.block_until_ready(params)
-        count, elapsed = count + BETWEEN, time.perf_counter() - start
+        return params, state
+
+    count, elapsed = 0, 0.0
+    while count < steps and elapsed < seconds:
+        (params, state), taken = timed(some_steps, params, state)
+        count, elapsed = count + BETWEEN, elapsed + taken
     return params, count, elapsed
 
 

@@ -14,13 +14,13 @@ import json
 import pathlib
 import shutil
 import sys
-import time
 from collections.abc import Callable
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from _measure import timed
 from jax.flatten_util import ravel_pytree
 from no_tuning import Runner, environment
 from peers import METHODS, candidates, head_of
@@ -57,11 +57,10 @@ def costs() -> dict[str, dict[str, float]]:
         "dual solve": dual,
         "scale_by_kfac step": step,
     }
+    compile_program = lambda program: jax.jit(program).lower(params, x).compile()
     rows: dict[str, dict[str, float]] = {}
     for name, program in programs.items():
-        start = time.perf_counter()
-        compiled = jax.jit(program).lower(params, x).compile()
-        seconds = time.perf_counter() - start
+        compiled, seconds = timed(compile_program, program)
         analysis, memory = compiled.cost_analysis(), compiled.memory_analysis()
         flops = float(analysis["flops"]) if analysis else float("nan")
         rows[name] = {

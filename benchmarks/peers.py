@@ -15,7 +15,6 @@ import functools
 import importlib
 import json
 import math
-import time
 import traceback
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -24,6 +23,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+from _measure import timed
 from tasks import TASKS, UNTRAINABLE, Task
 
 EVALUATIONS = 120  # before the equal ones among the first steps are merged
@@ -249,13 +249,17 @@ def race(
     products and loss.
     """
     fresh = lambda: jax.tree.map(jnp.array, task.init(seed))
-    params, batches = fresh(), task.batches(seed)
-    start = time.perf_counter()
-    state = method.init(params, next(task.batches(seed)))
-    for _ in range(method.warm_up):
-        params, state = method.step(params, state, batches)
-    jax.block_until_ready(params)
-    compile_seconds = time.perf_counter() - start
+
+    def steps_on(batches: Iterator[Any], params: Any, state: Any, count: int) -> tuple[Any, Any]:
+        for _ in range(count):
+            params, state = method.step(params, state, batches)
+        return params, state
+
+    def first_steps(params: Any, batches: Iterator[Any]) -> tuple[Any, Any]:
+        state = method.init(params, next(task.batches(seed)))
+        return steps_on(batches, params, state, method.warm_up)
+
+    _, compile_seconds = timed(first_steps, fresh(), task.batches(seed))
 
     evaluation = jax.device_put(task.rows(slice(task.evaluation_rows)))
     loss = jax.jit(task.loss)
@@ -265,11 +269,8 @@ def race(
     stops = np.unique(np.geomspace(1, steps, EVALUATIONS).round().astype(int)).tolist()
     elapsed = 0.0
     for before, stop in zip([0, *stops], stops, strict=False):
-        start = time.perf_counter()
-        for _ in range(stop - before):
-            params, state = method.step(params, state, batches)
-        jax.block_until_ready(params)
-        elapsed += time.perf_counter() - start
+        (params, state), seconds_taken = timed(steps_on, batches, params, state, stop - before)
+        elapsed += seconds_taken
         curve.append((stop, elapsed, method.products(state), float(loss(params, *evaluation))))
         if elapsed > seconds or not math.isfinite(curve[-1][-1]):
             break

@@ -16,8 +16,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
-from tqdm import tqdm
+from _measure import median_seconds
 
 import fvp
 
@@ -87,17 +86,6 @@ def programs(model_fn: Callable[..., Any], iterations: int) -> dict[str, Callabl
     }
 
 
-def cpu_seconds(compiled: dict[str, Any], data: Any, repeats: int) -> dict[str, float]:
-    """Median CPU time of each program; the repeats of all are interleaved."""
-    times: dict[str, list[float]] = {name: [] for name in compiled}
-    for _ in tqdm(range(repeats), leave=False):
-        for name, program in compiled.items():
-            start = time.process_time()
-            jax.block_until_ready(program(*data))
-            times[name].append(time.process_time() - start)
-    return {name: float(np.median(values)) for name, values in times.items()}
-
-
 def main() -> None:
     """Command line."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
@@ -111,7 +99,7 @@ def main() -> None:
             name: jax.jit(program).lower(*data).compile()
             for name, program in programs(model_fn, arguments.iterations).items()
         }
-        seconds = cpu_seconds(compiled, data, arguments.repeats)
+        seconds = median_seconds(compiled, data, arguments.repeats, time.process_time)
         for name in ("fvp", "re-linearising"):
             loop = seconds[name] - seconds[f"{name}, no iteration"]
             cost = loop / arguments.iterations / seconds["gradient"]

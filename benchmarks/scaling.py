@@ -14,7 +14,6 @@ import argparse
 import json
 import math
 import pathlib
-import time
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -22,6 +21,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+from _measure import median_seconds, timed
 from costs import collective_bytes, matmul_flops
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from tqdm import tqdm
@@ -155,23 +155,19 @@ def measure(
 ) -> dict[str, Any]:
     """Compiles ``program``, reads its costs, and runs it ``repeats`` times (0: never)."""
     shape = arguments[1].shape
-    start = time.perf_counter()
-    traced = jax.jit(program, out_shardings=out).trace(*arguments)
-    compiled = traced.lower().compile()
+
+    def compile_program() -> tuple[Any, Any]:
+        traced = jax.jit(program, out_shardings=out).trace(*arguments)
+        return traced, traced.lower().compile()
+
     row: dict[str, Any] = {"program": name, "devices": count, "sequences": shape[0]}
-    row["compile_seconds"] = time.perf_counter() - start
+    (traced, compiled), row["compile_seconds"] = timed(compile_program)
     memory = compiled.memory_analysis()
     row["flops_per_device"] = matmul_flops(traced.jaxpr.jaxpr, CG_ITERATIONS) / count
     row["collective_bytes"] = collective_bytes(compiled.as_text() or "", CG_ITERATIONS)
     row["temporary_bytes"] = memory.temp_size_in_bytes if memory else None
     if repeats:
-        jax.block_until_ready(compiled(*arguments))
-        seconds = []
-        for _ in range(repeats):
-            start = time.perf_counter()
-            jax.block_until_ready(compiled(*arguments))
-            seconds.append(time.perf_counter() - start)
-        row["seconds"] = float(np.median(seconds))
+        row["seconds"] = median_seconds({name: compiled}, arguments, repeats)[name]
         row["tokens_per_second"] = math.prod(shape) / row["seconds"]
         products = {"product": 1, "cg": CG_ITERATIONS, "step": CG_ITERATIONS}.get(name)
         if products:

@@ -14,13 +14,15 @@ from __future__ import annotations
 import argparse
 import importlib
 import importlib.util
+import time
 from collections.abc import Callable
 from typing import Any
 
 import jax
 import optax
+from _measure import median_seconds
 from costs import matmul_flops
-from products import HEAD, cpu_seconds, mlp
+from products import HEAD, mlp
 
 import fvp
 
@@ -83,7 +85,7 @@ def main() -> None:
     }
     data = params, states, x, y
     compiled = {name: jax.jit(program).lower(*data).compile() for name, program in programs.items()}
-    seconds = cpu_seconds(compiled, data, arguments.repeats)
+    seconds = median_seconds(compiled, data, arguments.repeats, time.process_time)
     flops = {
         name: matmul_flops(jax.make_jaxpr(program)(*data).jaxpr, ITERATIONS)
         for name, program in programs.items()

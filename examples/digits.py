@@ -39,22 +39,11 @@ def build_model(name, rngs):
         )
     return nnx.Sequential(
         lambda x: x.reshape(-1, 8, 8, 1),
-        nnx.Conv(1, 16, (3, 3), conv_general_dilated=convolution, rngs=rngs),
+        nnx.Conv(1, 16, (3, 3), rngs=rngs),
         nnx.gelu,
         lambda x: nnx.avg_pool(x, (2, 2), strides=(2, 2)).reshape(-1, 256),
         nnx.Linear(256, 10, rngs=rngs),
     )
-
-
-def convolution(x, kernel, *_, **__):
-    """3 x 3, stride 1, same size: one matrix product with the nine shifted copies of x.
-
-    On CPU, XLA compiles the transpose of a convolution badly inside a loop (jax issue 12868), and
-    conjugate gradients are a loop: this is 15 times faster there. On GPU, leave it out.
-    """
-    x = jnp.pad(x, ((0, 0), (1, 1), (1, 1), (0, 0)))
-    shifted = [x[:, i : i + 8, j : j + 8] for i in range(3) for j in range(3)]
-    return jnp.concatenate(shifted, axis=-1) @ kernel.reshape(-1, kernel.shape[-1])
 
 
 def batches(images, labels, size, seed):

@@ -20,9 +20,9 @@ def keep_programs(config):
     """Compiled programs are kept beside pytest's own cache, for the next files and the next run.
 
     A program is found by its text, the options and the version of its compiler, so that none is out
-    of date. `--cache-clear` deletes them.
+    of date. `--cache-clear` deletes them; JAX_COMPILATION_CACHE_DIR names another place.
     """
-    if getattr(config, "cache", None) is None:
+    if getattr(config, "cache", None) is None or jax.config.jax_compilation_cache_dir is not None:
         return
     # Two processes may write one program at a time; who reads half of it compiles it.
     config.addinivalue_line("filterwarnings", "ignore:Error (reading|writing) persistent")

@@ -164,6 +164,59 @@ def test_under_noise_damping_falls_fast_only_while_it_leaves_most_of_the_slope(
     np.testing.assert_allclose(corrected.factor, change, rtol=1e-6)
 
 
+@pytest.mark.parametrize(
+    ("error", "rounding", "worse", "last_slope", "change"),
+    [
+        (0.04, 0.0, False, 1.0, 0.25),
+        (-0.9, 0.0, False, 1.0, 0.25),
+        (0.06, 0.0, False, 1.0, 1.0),
+        (0.09, 0.0, False, 1.0, 1.0),
+        (0.11, 0.0, False, 1.0, 2.0),
+        (0.15, 0.07, False, 1.0, 1.0),  # rounding takes its part of the error
+        (0.11, 1.5, False, 1.0, 1.0),  # and may hide all of it
+        (0.15, 0.0, True, 1.0, 4.0),
+        (0.0, 0.0, True, 1.0, 0.25),  # momentum climbed just as the model said
+        (0.0, 0.0, True, 0.0, 4.0),  # there was none
+        (np.nan, 0.0, True, 1.0, 4.0),
+    ],
+)
+def test_damping_follows_the_error_of_the_model(error, rounding, worse, last_slope, change):
+    """Over 1/2 s^T (A + damping) s, which is 1 here; gradients agree."""
+    rule, one = fvp.LevenbergMarquardt(), jnp.float32(1)
+    step = jax.tree.map(jnp.float32, Step(2.0, 1.0, 1.0, 1.0))
+    outcome = Outcome(jnp.float32(error), jnp.float32(rounding), jnp.array(worse))
+    state = rule.init(jnp.zeros(2))._replace(
+        factor=one, agreement=one, seen=one, slope=jnp.float32(last_slope)
+    )
+    corrected = rule.correct(state, step, outcome, jnp.array(not worse))
+    np.testing.assert_allclose(corrected.factor, change, rtol=1e-6)
+    # What the next gradient is held to: the slope, and the part of it that the model leaves.
+    assert (corrected.slope, corrected.expected) == ((0, 0) if worse else (2, 0.5))
+    for bound in (1e-30, 1e30):
+        state = state._replace(factor=jnp.float32(bound))
+        extreme = rule.correct(state, step, outcome, jnp.array(not worse))
+        np.testing.assert_allclose(extreme.factor, np.clip(bound * change, 1e-30, 1e30), rtol=1e-6)
+
+
+def test_gradients_that_fall_short_of_the_model_are_noise():
+    rule = fvp.LevenbergMarquardt()
+    state = rule.init(jnp.zeros(2))._replace(
+        factor=jnp.float32(3), slope=jnp.float32(1), expected=jnp.float32(0.8)
+    )
+    last, gradient = jnp.array([1.0, 0.0]), jnp.array([-0.5, 2.0])  # keeps -0.5 of the slope
+    norm, curvature = jnp.linalg.norm(gradient), lambda: jnp.float32(7)
+    for _ in range(4):
+        state, damping = rule.observe(state, gradient, norm, last, curvature)
+        assert not rule.noisy(state)
+    np.testing.assert_allclose(damping, 3 * norm**0.5, rtol=1e-6)
+    np.testing.assert_allclose(state.seen, (1 - 0.9**4) / 0.1, rtol=1e-6)
+    np.testing.assert_allclose(state.agreement, -0.5 * (1 - 0.9**4) / 0.1, rtol=1e-6)
+    np.testing.assert_allclose(state.surprise, 1.3 * (1 - 0.9**4), rtol=1e-6)
+    state, _ = rule.observe(state, gradient, norm, last, curvature)
+    assert rule.noisy(state)  # 1.3 (1 - 0.9^5) > 0.5
+    assert not rule.agrees(state)
+
+
 def test_quadratic_momentum_is_the_best_of_the_plane():
     p = problem()
     F, g = p.dense
@@ -406,7 +459,10 @@ def test_solve_that_ends_without_descent_does_not_end_training():
     ("error", "rounding", "accepted", "change"),
     [
         (0.1, 0.0, True, 0.5),
-        (0.5, 0.0, True, 1.0),
+        (0.24, 0.0, True, 0.5),
+        (0.26, 0.0, True, 1.0),
+        (0.74, 0.0, True, 1.0),
+        (0.76, 0.0, True, 2.0),
         (0.9, 0.0, True, 2.0),
         (2.0, 0.0, False, 4.0),
         (0.9, 1.5, True, 1.0),
@@ -418,6 +474,14 @@ def test_classical_rule_follows_the_ratio_of_reductions(error, rounding, accepte
     outcome = Outcome(jnp.asarray(error), jnp.asarray(rounding), jnp.asarray(not accepted))
     after = fvp.ReductionRatio().correct(jnp.asarray(0.2), step, outcome, jnp.asarray(accepted))
     np.testing.assert_allclose(after, change * 0.2, rtol=1e-12)
+
+
+@pytest.mark.parametrize(("damping", "error"), [(1e-8, 0.0), (1e30, 2.0)])
+def test_classical_rule_keeps_damping_between_bounds(damping, error):
+    step = Step(*(jnp.asarray(value) for value in (2.0, 2.0, 0.3, 1.0)))
+    rejected = jnp.asarray(error > 1)
+    outcome = Outcome(jnp.asarray(error), jnp.asarray(0.0), rejected)
+    assert adapted_damping(jnp.asarray(damping), step, outcome, ~rejected) == damping
 
 
 # Bounds in KL ------------------------------------------------------------------------------------
