@@ -205,14 +205,15 @@ def test_gradients_that_fall_short_of_the_model_are_noise():
     )
     last, gradient = jnp.array([1.0, 0.0]), jnp.array([-0.5, 2.0])  # keeps -0.5 of the slope
     norm, curvature = jnp.linalg.norm(gradient), lambda: jnp.float32(7)
+    observation = fvp.Observation(jnp.int32(1), gradient, norm, last, curvature)
     for _ in range(4):
-        state, damping = rule.observe(state, gradient, norm, last, curvature)
+        state, damping = rule.propose(state, observation)
         assert not rule.noisy(state)
     np.testing.assert_allclose(damping, 3 * norm**0.5, rtol=1e-6)
     np.testing.assert_allclose(state.seen, (1 - 0.9**4) / 0.1, rtol=1e-6)
     np.testing.assert_allclose(state.agreement, -0.5 * (1 - 0.9**4) / 0.1, rtol=1e-6)
     np.testing.assert_allclose(state.surprise, 1.3 * (1 - 0.9**4), rtol=1e-6)
-    state, _ = rule.observe(state, gradient, norm, last, curvature)
+    state, _ = rule.propose(state, observation)
     assert rule.noisy(state)  # 1.3 (1 - 0.9^5) > 0.5
     assert not rule.agrees(state)
 
@@ -481,7 +482,8 @@ def test_classical_rule_keeps_damping_between_bounds(damping, error):
     step = Step(*(jnp.asarray(value) for value in (2.0, 2.0, 0.3, 1.0)))
     rejected = jnp.asarray(error > 1)
     outcome = Outcome(jnp.asarray(error), jnp.asarray(0.0), rejected)
-    assert adapted_damping(jnp.asarray(damping), step, outcome, ~rejected) == damping
+    after = fvp.ReductionRatio().correct(jnp.asarray(damping), step, outcome, ~rejected)
+    assert after == damping
 
 
 # Bounds in KL ------------------------------------------------------------------------------------
