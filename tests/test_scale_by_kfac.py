@@ -150,7 +150,7 @@ def test_a_step_that_does_not_lower_the_loss_is_rejected():
     update, state = step(gradient, state, x, jnp.ones(8))
     assert not state.accepted
     assert optax.tree.norm(update) == 0
-    assert state.damping > 0.1
+    assert state.control > state.damping == np.float32(0.1)
     broken = jax.tree.map(lambda g: g * jnp.nan, gradient)
     update, state = step(broken, state, x, jnp.ones(8))
     assert not state.accepted
@@ -185,7 +185,7 @@ def test_a_batch_that_says_nothing_leaves_damping_alone():
         updates, state = step(jax.tree.map(gradient, params), start, batch, weights)
         assert not state.accepted
         assert not any(np.any(leaf) for leaf in jax.tree.leaves(updates))
-        assert state.damping == start.damping
+        assert state.control == start.control
 
 
 def test_a_bad_batch_stays_out_of_the_averages():
@@ -229,7 +229,5 @@ def test_missing_arguments_are_named():
     tx = fvp.scale_by_kfac(tanh_mlp, HEAD)
     with pytest.raises(ValueError, match="batch"):
         tx.update(params, tx.init(params), params)
-    with pytest.raises(ValueError, match="targets"):
-        tx.update(params, tx.init(params), params, batch=x)
     with pytest.raises(ValueError, match="example_batch"):
         fvp.scale_by_kfac(tanh_mlp, HEAD, inverse_period=10)

@@ -134,12 +134,12 @@ def test_scale_by_fisher_takes_the_exact_step(solver):
 def test_the_solver_is_chosen_by_shape():
     def choose(count, width):
         w, x = jnp.ones((width, 2)), jnp.ones((count, width))
-        return fvp.solvers.choose_solver(fvp.fisher(lambda w, x: x @ w, fvp.Gaussian(), w, x))
+        return type(fvp.Auto().chosen(fvp.fisher(lambda w, x: x @ w, fvp.Gaussian(), w, x)))
 
-    assert choose(5, 10) == "dual"
-    assert choose(50, 10) == "dense"
-    assert choose(500, 600) == "dual"
-    assert choose(2500, 600) == "cg"
+    assert choose(5, 10) is fvp.Dual
+    assert choose(50, 10) is fvp.Dense
+    assert choose(500, 600) is fvp.Dual
+    assert choose(2500, 600) is fvp.CG
 
 
 def test_no_damping_and_no_exact_solver_is_an_error():

@@ -218,6 +218,16 @@ def test_gradients_that_fall_short_of_the_model_are_noise():
     assert not rule.agrees(state)
 
 
+def test_a_slope_below_the_range_of_floats_leaves_the_state_finite():
+    rule = fvp.LevenbergMarquardt()
+    step = jax.tree.map(jnp.float32, Step(0.0, 0.0, 1e-38, 1.0))
+    good = Outcome(jnp.float32(0), jnp.float32(0), jnp.array(False))
+    state = rule.init(jnp.zeros(2))._replace(factor=jnp.float32(1))
+    corrected = rule.correct(state, step, good, jnp.array(True))
+    assert all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(corrected))
+    assert corrected.slope == corrected.expected == 0
+
+
 def test_quadratic_momentum_is_the_best_of_the_plane():
     p = problem()
     F, g = p.dense

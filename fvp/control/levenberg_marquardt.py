@@ -171,8 +171,9 @@ class LevenbergMarquardt(DampingRule):
         good = known & (error < _TRUSTED)
         wrong = ~(error <= _DISTRUSTED)
         bad = known & wrong
-        # A slope that overflows says nothing about the next one.
-        known_slope = jnp.isfinite(step.slope.astype(jnp.float32)) & jnp.isfinite(step.curvature)
+        # A slope that overflows, or has left the range of floats below, says nothing about the next.
+        slope = step.slope.astype(jnp.float32)
+        known_slope = jnp.isfinite(slope) & (slope != 0) & jnp.isfinite(step.curvature)
         expected = jnp.clip(1 - step.length * step.curvature / step.slope, -1, 1)
         slow = jnp.where(expected > _REMAINING, _FASTER, _SLOW)
         shrink = jnp.where(self.agrees(state), self.decrease, slow)
@@ -183,7 +184,7 @@ class LevenbergMarquardt(DampingRule):
         change = jnp.where(blamed, self.increase**2, change)
         return state._replace(
             factor=jnp.clip(state.factor * change, 1e-30, 1e30).astype(jnp.float32),
-            slope=jnp.where(accepted & known_slope, step.slope, 0).astype(jnp.float32),
+            slope=jnp.where(accepted & known_slope, slope, 0),
             expected=jnp.where(accepted & known_slope, expected, 0).astype(jnp.float32),
         )
 

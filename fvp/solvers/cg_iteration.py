@@ -259,7 +259,8 @@ class _Iteration:
     def finish(self, last: _Carry) -> tuple[Params, CGInfo]:
         """The solution of the unscaled system and its record."""
         # y^T (...) y is -2 phi - 2 y^T r, since (...) y = b - r: without a product.
-        y, squared = self._to_y(last.x), self.scale * self.scale
+        y = self._to_y(last.x)
+        squared = lambda x: x * self.scale * self.scale  # of which the square may overflow
         yr = self._dot(y, last.residual)
         damping_term = jnp.asarray(self.system.damping) * self._dot(y, y)
         yr = jnp.where(jnp.isfinite(yr), yr, 0)  # a residual that overflowed ended the solve
@@ -271,9 +272,9 @@ class _Iteration:
             residual_norm=jnp.sqrt(last.rr) * self.scale,
             converged=last.converged & representable,
             breakdown=last.breakdown | ~representable,
-            model_value=last.phi * squared,
-            curvature=(-2 * (last.phi + yr) - damping_term) * squared,
-            damping_term=damping_term * squared,
+            model_value=squared(last.phi),
+            curvature=squared(-2 * (last.phi + yr) - damping_term),
+            damping_term=squared(damping_term),
         )
         return tree_where(representable, x, tree_zeros_like(x)), info
 
