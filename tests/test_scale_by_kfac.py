@@ -225,7 +225,7 @@ def test_the_predicted_divergence_is_bounded():
 
 
 def test_missing_arguments_are_named():
-    params, x, _ = small()
+    params, _, _ = small()
     tx = fvp.scale_by_kfac(tanh_mlp, HEAD)
     with pytest.raises(ValueError, match="batch"):
         tx.update(params, tx.init(params), params)

@@ -171,7 +171,7 @@ class LevenbergMarquardt(DampingRule):
         good = known & (error < _TRUSTED)
         wrong = ~(error <= _DISTRUSTED)
         bad = known & wrong
-        # A slope that overflows, or has left the range of floats below, says nothing about the next.
+        # A slope that left the range of floats, on either side, says nothing about the next one.
         slope = step.slope.astype(jnp.float32)
         known_slope = jnp.isfinite(slope) & (slope != 0) & jnp.isfinite(step.curvature)
         expected = jnp.clip(1 - step.length * step.curvature / step.slope, -1, 1)

@@ -99,7 +99,7 @@ class KroneckerBlock:
         root = jnp.sqrt(jnp.asarray(damping, self.right.dtype))
         split = self._split() if rule == "pi" else jnp.ones_like(self.right[:, 0, 0])
         if self.left.ndim == 2:
-            left = 1 / (self.left + (split * root)[:, None])
+            left = 1 / (_finite(self.left) + (split * root)[:, None])
         else:
             left = inverse_semidefinite(self.left, split * root)
         return FactorInverse(left, inverse_semidefinite(self.right, root / split))
@@ -122,10 +122,15 @@ class KroneckerBlock:
         right, right_basis = eigh_semidefinite(self.right)
         left_basis = None
         if self.left.ndim == 2:
-            left = jnp.where(jnp.isfinite(self.left), self.left, 0)
+            left = _finite(self.left)
         else:
             left, left_basis = eigh_semidefinite(self.left)
         return left[:, :, None] * right[:, None, :], (left_basis, right_basis)
+
+
+def _finite(x: Array) -> Array:
+    """What is not finite as zero: no factor hands it on to a solution."""
+    return jnp.where(jnp.isfinite(x), x, 0)
 
 
 def _left_multiply(left: Array, weight: Array) -> Array:

@@ -90,8 +90,8 @@ def no_dual(operator: CurvatureOperator) -> Exception | None:
         return ValueError("operator: solve_dual expects one built without chunk_size.")
     if operator.linearized.root() is None:
         return TypeError(
-            "operator: solve_dual expects a Fisher or GGN whose square root in z is known, and none is"
-            f" known for {operator.linearized}. Take fvp.fisher(...), or fvp.cg."
+            "operator: solve_dual expects a Fisher or GGN whose square root in z is known, and none"
+            f" is known for {operator.linearized}. Take fvp.fisher(...), or fvp.cg."
         )
     if row_axes(operator.output) is not None:
         return ValueError(
