@@ -2706,7 +2706,8 @@ def verdicts(model):
     """A verdict for each method; for the ones that refuse a second one with their fallback."""
     whole, model = model, model.traced()
     fisher = reference(model)
-    assert np.all(np.isfinite(fisher)), model.text
+    if not np.all(np.isfinite(fisher)):  # such as batch normalisation behind a sign
+        return [Verdict("reference", "undefined", "")]
     found = [judge(model, "products", products_of, check_products, fisher)]
     for name, run, check in (
         ("diagonal", diagonal_of, check_diagonal),
