@@ -147,7 +147,15 @@ def _refer(x: Any) -> Any:
 
 
 def _resolve(x: Any) -> Any:
-    return x.function() if isinstance(x, Reference) else x
+    if not isinstance(x, Reference):
+        return x
+    function = x.function()
+    if function is None:
+        raise ReferenceError(
+            "a function that this operator was built with is gone: keep a reference to it, and let"
+            " records that cross jit (curvatures, heads) hold arrays and not functions."
+        )
+    return function
 
 
 def _references(key: Any) -> list[Reference]:

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
-from typing import Any
+import functools
+from typing import Any, ClassVar
 
 import jax
 
@@ -16,6 +17,9 @@ class Record:
     may validate what a person passes: JAX rebuilds records with tracers and placeholders in them.
     """
 
+    #: Names of fields that are static wherever a subclass declares them.
+    STATIC: ClassVar[frozenset[str]] = frozenset()
+
     def __init_subclass__(cls, **options: Any) -> None:
         super().__init_subclass__(**options)
         # The fields are not known before the dataclass decorator has run: they are read when used.
@@ -24,16 +28,17 @@ class Record:
         )
 
 
-def _names(cls: type) -> tuple[list[str], list[str]]:
+@functools.cache
+def _names(cls: type[Record]) -> tuple[list[str], list[str]]:
     """The names of the fields that are children, and of those that are static."""
     fields = dataclasses.fields(cls) if dataclasses.is_dataclass(cls) else ()
-    static = [field.name for field in fields if field.metadata.get("static")]
+    static = [f.name for f in fields if f.metadata.get("static") or f.name in cls.STATIC]
     return [field.name for field in fields if field.name not in static], static
 
 
 def _flatten(record: Any) -> tuple[list[tuple[Any, Any]], tuple[Any, ...]]:
     children, static = _names(type(record))
-    if vars(record) and not dataclasses.is_dataclass(record):
+    if getattr(record, "__dict__", {}).keys() - {*children, *static}:
         raise TypeError(
             f"{type(record).__name__}: expected a frozen dataclass; decorate the class."
         )
@@ -41,7 +46,7 @@ def _flatten(record: Any) -> tuple[list[tuple[Any, Any]], tuple[Any, ...]]:
     return keyed, tuple(getattr(record, name) for name in static)
 
 
-def _unflatten(cls: type, static: tuple[Any, ...], children: Any) -> Any:
+def _unflatten(cls: type[Record], static: tuple[Any, ...], children: Any) -> Any:
     record, names = object.__new__(cls), _names(cls)
     for name, value in zip([*names[0], *names[1]], [*children, *static], strict=True):
         object.__setattr__(record, name, value)

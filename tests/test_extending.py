@@ -140,6 +140,33 @@ def test_a_natural_head_with_another_hessian_is_an_error():
         type("Robust", (Poisson,), {"_hessian": lambda self, z, y, u: u})
 
 
+def test_a_root_of_another_head_or_curvature_is_not_inherited():
+    with pytest.raises(TypeError, match="_fisher_root"):
+        type("Tempered", (fvp.Softmax,), {"_fisher": lambda self, z, u: u})
+    with pytest.raises(TypeError, match="root"):
+        type("Half", (fvp.FisherCurvature,), {"__call__": lambda self, u: u / 2})
+
+
+def test_a_head_that_hides_a_field_is_an_error():
+    class Hidden(fvp.Softmax):  # not decorated: its field would be lost on the way
+        def __init__(self, temperature):
+            object.__setattr__(self, "temperature", temperature)
+
+    with pytest.raises(TypeError, match="frozen dataclass"):
+        jax.tree.leaves(Hidden(2.0))
+
+
+def test_the_event_axes_of_a_head_are_static_however_they_are_declared():
+    @dataclasses.dataclass(frozen=True)
+    class Scalar(Poisson):
+        event_ndim: int = 0
+
+    F = fvp.fisher(model, Scalar(), PARAMS, X)
+    product = jax.jit(lambda F, v: F @ v)(F, PARAMS)
+    expected = dense_gauss_newton(poisson_blocks(), jnp.ones(6)) @ FLAT / 2  # a mean over 12
+    assert relative_error(flat(product), expected) < 1e-12
+
+
 @dataclasses.dataclass(frozen=True)
 class LogScaleGaussian(fvp.Head):
     """A Gaussian with z = (mean, log scale), targets (...): the Fisher is not the Hessian."""
@@ -324,6 +351,50 @@ def test_a_preconditioner_is_refreshed_when_due():
     assert not np.allclose(made[1], made[2])
 
 
+@pytest.mark.parametrize("period", [1, 10])
+def test_a_bad_batch_does_not_stay_in_the_preconditioner(period):
+    head = fvp.Gaussian()
+    loss = lambda params: head.nll(model(params, X), COUNTS).mean()
+    solver = fvp.CG(preconditioner=fvp.Jacobi(num_samples=None), refresh_period=period)
+    tx = fvp.natural_gradient(1.0, model, head, solver=solver)
+
+    @jax.jit
+    def run():
+        def step(carry, x):
+            params, state = carry
+            gradient = jax.grad(loss)(params)
+            updates, state = tx.update(gradient, state, params, batch=x, targets=COUNTS)
+            return (optax.apply_updates(params, updates), state), state.accepted
+
+        batches = jnp.broadcast_to(X, (6, *X.shape)).at[0, 0].set(jnp.nan)
+        return jax.lax.scan(step, (PARAMS, tx.init(PARAMS)), batches)
+
+    (params, _), accepted = run()
+    assert not accepted[0]
+    assert accepted[1:].all()
+    assert loss(params) < loss(PARAMS)
+
+
+def test_a_preconditioner_hears_of_the_penalty():
+    x = X.at[:, 1].set(0)  # no curvature at all
+    solver = fvp.CG(maxiter=50, tol=1e-12, preconditioner=fvp.Jacobi(num_samples=None))
+    tx = fvp.scale_by_fisher(model, Poisson(), damping=0.0, l2=0.1, solver=solver)
+    update, state = tx.update(PARAMS, tx.init(PARAMS), PARAMS, batch=x)
+    F = fvp.fisher(model, Poisson(), PARAMS, x).dense()
+    assert state.accepted
+    expected = jnp.linalg.solve(F + 0.1 * jnp.eye(len(FLAT)), 1.1 * FLAT)
+    assert relative_error(flat(update), expected) < 1e-8
+
+
+def test_a_preconditioner_of_one_device_is_refused_for_many():
+    tx = fvp.scale_by_fisher(
+        model, Poisson(), damping=0.1, axis_name="d", solver=fvp.CG(preconditioner=fvp.Jacobi())
+    )
+    update = lambda x: tx.update(PARAMS, tx.init(PARAMS), PARAMS, batch=x)[0]
+    with pytest.raises(ValueError, match="axis_name"):
+        jax.eval_shape(jax.vmap(update, axis_name="d"), X.reshape(2, 3, 3))
+
+
 # A curvature -------------------------------------------------------------------------------------
 
 
@@ -382,6 +453,49 @@ def test_a_curvature_is_served_everywhere(kind):
     tx = fvp.scale_by_fisher(model, head, **options)
     update, _ = tx.update(PARAMS, tx.init(PARAMS), PARAMS, batch=X, targets=y, weights=WEIGHTS)
     assert relative_error(flat(update), solution) < 1e-8
+
+
+@dataclasses.dataclass(frozen=True)
+class Scaled(fvp.OutputCurvature):
+    """By a number of each example, which comes as a tree of targets."""
+
+    factors: jax.Array
+
+    @classmethod
+    def at(cls, problem, z):
+        return cls(problem.targets["factor"])
+
+    def __call__(self, u):
+        return self.factors[:, None] * u
+
+
+def test_a_curvature_reads_what_it_likes_as_targets_in_chunks_too():
+    factors = jnp.arange(1.0, 7.0)
+    blocks = factors[:, None, None] * jnp.eye(2)
+    for chunk_size in (None, 4):
+        arguments = (Scaled, model, Poisson(), PARAMS, X)
+        options = {"targets": {"factor": factors}, "chunk_size": chunk_size}
+        product = fvp.gauss_newton(*arguments, **options) @ PARAMS
+        expected = dense_gauss_newton(blocks, jnp.ones(6)) @ FLAT
+        assert relative_error(flat(product), expected) < 1e-12
+    with pytest.raises(ValueError, match="targets: expected the 6 examples"):
+        fvp.gauss_newton(*arguments, targets={"factor": factors[:3]}, chunk_size=4)
+
+
+def test_targets_of_another_loss_do_not_meet_the_head_of_a_fisher():
+    loss = lambda params, batch: jnp.mean(model(params, batch) ** 2)
+    for chunk_size in (None, 4):
+        tx = fvp.scale_by_fisher(model, Poisson(), damping=0.1, chunk_size=chunk_size)
+        arguments = {"batch": X, "targets": jnp.arange(6), "value_fn": loss}
+        update, _ = tx.update(PARAMS, tx.init(PARAMS), PARAMS, **arguments)
+        assert np.any(flat(update))
+
+
+def test_a_curvature_without_what_it_reads_is_an_error():
+    with pytest.raises(ValueError, match="targets: expected the labels"):
+        fvp.gauss_newton(fvp.HessianCurvature, model, Poisson(), PARAMS, X)
+    with pytest.raises(ValueError, match=r"fvp.mc_fisher"):
+        fvp.gauss_newton(fvp.SampledCurvature, model, Poisson(), PARAMS, X)
 
 
 def test_a_curvature_that_is_none_is_an_error():

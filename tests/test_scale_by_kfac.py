@@ -231,3 +231,22 @@ def test_missing_arguments_are_named():
         tx.update(params, tx.init(params), params)
     with pytest.raises(ValueError, match="example_batch"):
         fvp.scale_by_kfac(tanh_mlp, HEAD, inverse_period=10)
+
+
+def test_updates_come_in_the_dtype_of_the_gradients():
+    params, x, _ = small()
+    half = jax.tree.map(lambda p: p.astype(jnp.bfloat16), params)
+    tx = fvp.scale_by_kfac(tanh_mlp, HEAD, damping=0.1)
+    arguments = (params, jax.eval_shape(tx.init, half), half)
+    update, _ = jax.eval_shape(lambda *args: tx.update(*args, batch=x), *arguments)
+    dtypes = lambda tree: [leaf.dtype for leaf in jax.tree.leaves(tree)]
+    assert dtypes(update) == dtypes(params)
+
+
+def test_an_example_batch_beside_masked_parameters_is_an_error():
+    params, x, _ = small()
+    mask = jax.tree.map(lambda _: True, params)
+    mask[0]["b"] = False
+    tx = optax.masked(fvp.scale_by_kfac(tanh_mlp, HEAD, example_batch=x), mask)
+    with pytest.raises(ValueError, match="example_batch: init sees"):
+        tx.init(params)

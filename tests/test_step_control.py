@@ -463,6 +463,27 @@ def test_solve_that_ends_without_descent_does_not_end_training():
     assert losses[-1] < 1e-6 * losses[0]
 
 
+def test_without_damping_a_solve_that_broke_down_gets_some():
+    """In float16, where the curvature leaves the range of floats below."""
+    x, y, w = jnp.full((4, 1), 1e-3, jnp.float16), jnp.full((4, 1), 100.0), jnp.zeros((1, 1), "e")
+    head, model = fvp.Gaussian(), lambda w, x: x @ w
+    tx = fvp.natural_gradient(1.0, model, head, solver="dense", line_search="loss")
+    loss = lambda w: head.nll(model(w, x), y).mean()
+
+    @jax.jit
+    def run():
+        def step(carry, _):
+            w, state = carry
+            updates, state = tx.update(jax.grad(loss)(w), state, w, batch=x, targets=y)
+            return (optax.apply_updates(w, updates), state), state.damping
+
+        return jax.lax.scan(step, (w, tx.init(w)), length=12)
+
+    (last, _), damping = run()
+    assert damping[1] > damping[0]
+    assert loss(last) < 0.5 * loss(w)
+
+
 # The classical rule -------------------------------------------------------------------------------
 
 

@@ -8,6 +8,7 @@ from typing import Any, ClassVar
 import jax.numpy as jnp
 from jax import Array
 
+from fvp.checks import check_nonnegative
 from fvp.control.record import Outcome, Step
 from fvp.control.rule import DampingRule, Observation
 from fvp.typing import Params
@@ -23,6 +24,9 @@ class FixedDamping(DampingRule):
     adapts: ClassVar[bool] = False
 
     value: Any
+
+    def __post_init__(self) -> None:
+        check_nonnegative(self.value, "damping")
 
     def init(self, params: Params) -> None:
         """Nothing is kept."""

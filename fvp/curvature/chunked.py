@@ -9,6 +9,7 @@ from typing import Any, Self
 import jax
 import jax.numpy as jnp
 from jax import Array
+from jax.typing import ArrayLike
 
 from fvp.curvature.linearized import Linearize, LinearizedCurvature
 from fvp.curvature.problem import Problem, example_indices, leaf_axes
@@ -54,9 +55,10 @@ class Chunked(LinearizedCurvature):
         rows = next(filter(None, split_over), None)
         local_count = count // shard_count(rows)
         number = -(-local_count // max(1, chunk_size // shard_count(rows)))
-        targets, weights = problem.targets, problem.example_weights(z)
-        if targets is not None:
-            targets = problem.head.check_targets(z, targets)
+        weights = problem.example_weights(z)
+        targets = jax.tree.map(jnp.asarray, problem.targets)
+        for leaf in jax.tree.leaves(targets):
+            check_example_axis(leaf, count)
         if weights is None and local_count % number:  # the padding has weight zero
             weights = jnp.ones(problem.head.batch_shape(z), wide_dtype(z.dtype))
         split = lambda x, **options: None if x is None else split_chunks(x, number, rows, **options)
@@ -64,7 +66,7 @@ class Chunked(LinearizedCurvature):
         chunks = dataclasses.replace(
             problem,
             batch=jax.tree.unflatten(structure, leaves),
-            targets=split(targets),
+            targets=jax.tree.map(split, targets),
             weights=split(weights, wrap=False),
             indices=split(example_indices(count, problem.shard)),
             axes=axes,
@@ -92,11 +94,7 @@ class Chunked(LinearizedCurvature):
 
     def value_and_gradient(self, targets: PyTree, scale: Array) -> tuple[Array, Params]:
         """Loss and gradient, summed over chunks."""
-        if jnp.shape(targets)[:1] != (self.count,):
-            raise ValueError(
-                f"targets: expected the {self.count} examples of the batch on the first axis, got"
-                f" shape {jnp.shape(targets)}."
-            )
+        check_example_axis(targets, self.count)
         targets = split_chunks(jnp.asarray(targets), self.number, self.rows)
         term = lambda chunk, i: chunk.value_and_gradient(take_chunk(targets, i), scale)
         value, gradient = self._sum(term)
@@ -142,6 +140,15 @@ def example_count(problem: Problem) -> int:
             f" {sorted(counts) or 'no leaf with an example axis'}."
         )
     return counts.pop()
+
+
+def check_example_axis(targets: ArrayLike, count: int) -> None:
+    """Raises unless targets have ``count`` examples on their first axis."""
+    if jnp.shape(targets)[:1] != (count,):
+        raise ValueError(
+            f"targets: expected the {count} examples of the batch on the first axis, got shape"
+            f" {jnp.shape(targets)}."
+        )
 
 
 def split_chunks(

@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 from jax import Array
 
-from fvp.curvature.gauss_newton import nll_and_cotangent
+from fvp.curvature.gauss_newton import nll_and_cotangent, weighted_nll
 from fvp.curvature.linearization import Linearization
 from fvp.curvature.linearized import LinearizedCurvature
 from fvp.curvature.problem import Problem
@@ -35,7 +35,7 @@ class ExactHessian(LinearizedCurvature):
             def loss(params: Params) -> tuple[Array, Array]:
                 z = problem.outputs(params)
                 weights = problem.example_weights(z)
-                return nll_and_cotangent(problem.head, z, problem.targets, weights)[0], z
+                return weighted_nll(problem.head, z, problem.targets, weights), z
 
             gradient, z = jax.grad(loss, has_aux=True)(params)
             return z, gradient

@@ -89,6 +89,12 @@ def nll_and_cotangent(
     head: Head, z: Array, targets: PyTree, weights: Array | None
 ) -> tuple[Array, Array]:
     """sum_i w_i nll_i and its gradient in z, both in float32 or wider."""
+    value = weighted_nll(head, z, targets, weights)
     z = widen(mask_outputs(weights, head.event_ndim, z))
-    value = jnp.sum(apply_weights(weights, 0, head.nll(z, targets)))
     return value, -apply_weights(weights, head.event_ndim, head.score(z, targets))
+
+
+def weighted_nll(head: Head, z: Array, targets: PyTree, weights: Array | None) -> Array:
+    """sum_i w_i nll_i."""
+    z = widen(mask_outputs(weights, head.event_ndim, z))
+    return jnp.sum(apply_weights(weights, 0, head.nll(z, targets)))

@@ -70,6 +70,7 @@ def gauss_newton(
       N. Schraudolph, Fast curvature matrix-vector products for second-order gradient descent, 2002.
     """
     check_output_curvature(kind, "kind")
+    targets = required_targets(targets) if kind.reads_targets else targets
     problem = Problem.of(
         model_fn,
         head,

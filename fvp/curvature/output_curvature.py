@@ -45,6 +45,15 @@ class OutputCurvature(Record, abc.ABC):
        [17.]]
     """
 
+    def __init_subclass__(cls, **options: Any) -> None:
+        super().__init_subclass__(**options)
+        inherited = "root" not in vars(cls) and cls.root is not OutputCurvature.root
+        if "__call__" in vars(cls) and inherited:
+            raise TypeError(
+                f"{cls.__name__}: __call__ is new, but root() that of another curvature; define it"
+                " as well (return None where no root is known)."
+            )
+
     #: Whether ``at`` reads the targets of the problem, which must then be given.
     reads_targets: ClassVar[bool] = False
 
@@ -161,6 +170,8 @@ class SampledCurvature(ScoreCurvature):
         neither on the size of the chunks nor on how the batch is sharded.
         """
         head, indices = problem.head, problem.indices
+        if problem.keys is None:
+            raise ValueError("keys: SampledCurvature draws labels; take fvp.mc_fisher(..., key).")
         if indices is None:
             indices = shard_rows(example_indices(z.shape[0], problem.shard), row_axes(z))
 

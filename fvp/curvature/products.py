@@ -106,6 +106,7 @@ def gauss_newton_vector_product(
 ) -> Params:
     """``fvp.gauss_newton(kind, ...) @ vector`` in one call; see :func:`fisher_vector_product`."""
     check_output_curvature(kind, "kind")
+    targets = required_targets(targets) if kind.reads_targets else targets
     data = {"weights": weights, "batch_axes": batch_axes, "targets": targets}
     problem = Problem.of(model_fn, head, params, batch, **data)
     return _product(kind, problem, vector, chunk_size)

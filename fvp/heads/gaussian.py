@@ -40,7 +40,7 @@ class Gaussian(NaturalHead):
 
     scale: Any = None
     precision: Any = None
-    event_ndim: int = dataclasses.field(default=1, metadata={"static": True})
+    event_ndim: int = 1
 
     def __post_init__(self) -> None:
         check_event_ndim(self.event_ndim)

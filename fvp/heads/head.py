@@ -7,7 +7,7 @@ them.
 from __future__ import annotations
 
 import abc
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import jax.numpy as jnp
 from jax import Array
@@ -28,7 +28,7 @@ class Head(Record, abc.ABC):
     ``z`` has shape ``batch axes + event axes``; the last ``event_ndim`` axes make one example.
     Every method is batched over the batch axes, computes in float32 or wider and returns the dtype
     of ``z``. A head is a frozen dataclass and a pytree: its fields are numbers, arrays or tracers,
-    but for those marked ``dataclasses.field(metadata={"static": True})``, such as ``event_ndim``.
+    but for ``event_ndim`` and those marked ``dataclasses.field(metadata={"static": True})``.
     A head of plain numbers is hashable and can be a static argument of ``jax.jit``.
 
     A new head implements the abstract methods, which see ``z`` in the computing dtype, and ``y`` as
@@ -64,7 +64,19 @@ class Head(Record, abc.ABC):
       [[4.]]
     """
 
+    STATIC: ClassVar[frozenset[str]] = frozenset({"event_ndim"})
+
     event_ndim: int = 1
+
+    def __init_subclass__(cls, **options: Any) -> None:
+        super().__init_subclass__(**options)
+        new = {"_fisher", "_sqrt_fisher"} & vars(cls).keys()
+        inherited = "_fisher_root" not in vars(cls) and cls._fisher_root is not Head._fisher_root
+        if new and inherited:
+            raise TypeError(
+                f"{cls.__name__}: {sorted(new)[0]} is new, but _fisher_root that of another head;"
+                " define it as well."
+            )
 
     def nll(self, z: Float[Array, "*z"], y: ArrayLike) -> Float[Array, "*batch"]:
         """-log r(y given z), normalising constants included; shape = batch axes."""
@@ -72,7 +84,7 @@ class Head(Record, abc.ABC):
         return self._nll(widen(z), y).astype(z.dtype)
 
     def mean(self, z: Float[Array, "*z"]) -> Float[Array, "*z"]:
-        """E[y given z]; shape of ``z``."""
+        """E[y given z]; the shape of targets, of ``z`` for Softmax."""
         self.check_outputs(z)
         return self._mean(widen(z)).astype(z.dtype)
 

@@ -33,7 +33,7 @@ class Sigmoid(NaturalHead):
        [0.25 0.25 0.25]]
     """
 
-    event_ndim: int = dataclasses.field(default=1, metadata={"static": True})
+    event_ndim: int = 1
 
     def __post_init__(self) -> None:
         check_event_ndim(self.event_ndim)

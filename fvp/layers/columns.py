@@ -1,4 +1,4 @@
-"""Cotangents in the space of outputs whose outer products sum to the metric of a curvature.
+"""Cotangents in the space of outputs whose outer products sum to the output curvature.
 
 A curvature is sum_k J^T c_k c_k^T J over columns c_k. Where the model keeps its rows apart, one
 column serves all of them at once; where rows meet, each row has columns of its own.

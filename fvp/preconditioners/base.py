@@ -37,7 +37,10 @@ class Preconditioner(abc.ABC):
 
     @abc.abstractmethod
     def update(self, made: PyTree, operator: CurvatureOperator, damping: ArrayLike) -> PyTree:
-        """What is made of a new curvature, from what was ``made`` last."""
+        """What is made of a new curvature, from what was ``made`` last.
+
+        ``damping`` includes that of the l2 term. What is not finite is not kept.
+        """
 
     @abc.abstractmethod
     def apply(self, made: PyTree, v: Params) -> Params:

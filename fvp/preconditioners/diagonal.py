@@ -85,8 +85,8 @@ class Jacobi(Preconditioner):
     def update(self, made: Params, operator: CurvatureOperator, damping: ArrayLike) -> Params:
         """The damped diagonal of the Fisher at the examples of ``operator``."""
         problem = operator.problem
-        if problem is None:
-            raise ValueError("preconditioner: Jacobi expects a curvature without chunk_size.")
+        if problem is None or problem.axis_name is not None:
+            raise ValueError("preconditioner: Jacobi takes neither chunk_size nor axis_name.")
         kind = FisherCurvature
         if self.num_samples is not None:
             keys = jax.random.split(jax.random.key(self.seed), self.num_samples)

@@ -16,7 +16,7 @@ from fvp.curvature import FisherCurvature, Problem, SampledCurvature
 from fvp.layers import KFAC, KFACInverse
 from fvp.layers.kfac import check_weight_sharing, kfac_of
 from fvp.layers.kronecker import check_damping_rule
-from fvp.numerics import tree_is_finite, tree_where, zeros_of
+from fvp.numerics import cast_like, tree_is_finite, tree_where, zeros_of
 from fvp.solvers.cg_iteration import CGInfo
 from fvp.solvers.damped import DampedCurvature, DampedSolver, DampedSystem, Moment, Setting
 from fvp.tracing.coverage import check_fallback
@@ -168,7 +168,7 @@ class KFACSystem(DampedSystem):
     def solve(self, rhs: Params, start: Params | None) -> tuple[Params, CGInfo]:
         """A direction; its record says only whether it is finite."""
         del start
-        x = self.inverse.mv(rhs)
+        x = cast_like(self.inverse.mv(rhs), rhs)
         finite, zero = tree_is_finite(x), jnp.zeros((), jnp.float32)
         count = jnp.zeros((), jnp.int32)
         return x, CGInfo(count, zero, finite, ~finite, zero, zero, zero)

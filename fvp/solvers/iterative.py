@@ -11,7 +11,7 @@ from jax import Array
 from jax.typing import ArrayLike
 
 from fvp.checks import check_nonnegative, check_positive_int
-from fvp.numerics import cast_like, tree_axpy, tree_vdot, tree_where
+from fvp.numerics import cast_like, tree_axpy, tree_is_finite, tree_vdot, tree_where
 from fvp.preconditioners.base import Preconditioner
 from fvp.solvers.budget import ITERATIONS, Budget
 from fvp.solvers.cg_iteration import CGInfo, LinearSystem, solve
@@ -44,7 +44,8 @@ class CG(DampedSolver):
       tol: stops at this relative residual.
       warm_start: start at 0.95 times the last solution; costs one product.
       preconditioner: a :class:`fvp.Preconditioner`, such as :class:`fvp.Jacobi`; None is none.
-      refresh_period: steps between two updates of the preconditioner.
+      refresh_period: steps between two updates of the preconditioner; after a rejected step it is
+        updated at once.
 
     Example:
       >>> import fvp
@@ -63,6 +64,8 @@ class CG(DampedSolver):
     def __post_init__(self) -> None:
         check_nonnegative(self.tol, "tol")
         check_positive_int(self.refresh_period, "refresh_period")
+        if self.maxiter is not None:
+            check_nonnegative(self.maxiter, "maxiter")
         if not (self.preconditioner is None or isinstance(self.preconditioner, Preconditioner)):
             raise TypeError(
                 "preconditioner: expected a fvp.Preconditioner such as fvp.Jacobi(), got"
@@ -103,10 +106,18 @@ class CG(DampedSolver):
 
     def _refreshed(self, damped: DampedCurvature, moment: Moment, made: PyTree) -> PyTree:
         assert self.preconditioner is not None
-        new = lambda: self.preconditioner.update(made, damped.operator, damped.damping)  # pyright: ignore
+        preconditioner = self.preconditioner
+        damping = damped.damping if damped.l2 is None else damped.damping + damped.l2
+
+        def new() -> PyTree:
+            fresh = preconditioner.update(made, damped.operator, damping)
+            # One bad batch would stay until the next refresh.
+            return tree_where(tree_is_finite(fresh), fresh, made)
+
         if self.refresh_period == 1:
             return new()
-        return jax.lax.cond(moment.count % self.refresh_period == 0, new, lambda: made)
+        due = (moment.count % self.refresh_period == 0) | moment.failed
+        return jax.lax.cond(due, new, lambda: made)
 
 
 @dataclasses.dataclass(frozen=True)

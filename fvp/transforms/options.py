@@ -198,7 +198,9 @@ def check_data(params: Params, data: Data, curvature: type[OutputCurvature]) -> 
             " MultiSteps as optax.GradientTransformationExtraArgs(ms.init, ms.update)."
         )
     if data.targets is None and curvature.reads_targets:
-        raise ValueError(f"targets: {curvature.__name__} expects targets=, got None.")
+        names = {kind: repr(name) for name, kind in CURVATURES.items()}
+        name = names.get(curvature, curvature.__name__)
+        raise ValueError(f"targets: curvature={name} expects targets=, got None.")
     if data.all_params is None and has_masked_nodes(params):
         raise ValueError(
             "all_params: optax.masked and optax.partition hide part of the parameters that model_fn"

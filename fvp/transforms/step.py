@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from typing import Any, NamedTuple
 
 import jax
@@ -107,6 +108,11 @@ def problem_at(options: Options, params: Params, data: Data) -> Problem:
     """The loss at a batch, of all parameters or of those that are not masked."""
     model, axes, batch = options.model_fn, options.batch_axes, data.batch
     if has_masked_nodes(params):
+        if data.all_params is None:
+            raise ValueError(
+                "example_batch: init sees the unmasked parameters alone, under optax.masked and"
+                " optax.partition; leave it out, and the factors are those of each batch."
+            )
         model, axes, batch = options.on_subset, (axes, None), (batch, data.all_params)
     return Problem.of(
         model,
@@ -125,8 +131,10 @@ def objective_at(options: Options, params: Params, operator: Any, data: Data) ->
     problem = None if data.batch is None else problem_at(options, params, data)
     if operator is None:
         assert problem is not None
-        linearize = gauss_newton_of(options.curvature)
-        operator = build_operator(linearize, problem, options.chunk_size)
+        linearize, read = gauss_newton_of(options.curvature), problem
+        if not options.curvature.reads_targets:  # they may be another loss's
+            read = dataclasses.replace(problem, targets=None)
+        operator = build_operator(linearize, read, options.chunk_size)
     return Objective(operator, params, problem, data, options.l2)
 
 
@@ -197,8 +205,9 @@ def _attempt(
     system, solver = options.solver.prepare(damped, moment, state.solver)
     if options.rule.needs_direct and not system.direct:
         raise ValueError(
-            'damping: line_search="loss" goes without, which only an exact solver can, but'
-            ' solver="auto" takes "cg" for these shapes; pass damping=, or solver="dual".'
+            'damping: line_search="loss" goes without, which only an exact solver can, but the'
+            f' system is a {type(system).__name__} (solver="auto" takes "cg" for large shapes);'
+            ' pass damping=, or solver="dual".'
         )
     momentum = _momentum(options, control, state.count)
     direction = find_direction(options, system, slope_of, state.direction, momentum)
@@ -214,8 +223,11 @@ def _attempt(
     outcome = _try(options, objective, record, length, moves)
     # Where no length is short enough, or the solve was lost, the step failed like any other:
     # damping has to grow, or nothing ever changes.
-    sound = jnp.isfinite(direction.info.residual_norm + norm) & (norm > 0)
-    lost = options.rule.adapts & ~direction.descent & sound
+    # Without damping even a solve that is not finite is what damping would have been for.
+    sound = jnp.isfinite(norm) & (norm > 0)
+    if not options.rule.needs_direct:
+        sound &= jnp.isfinite(direction.info.residual_norm)
+    lost = (options.rule.adapts | options.rule.needs_direct) & ~direction.descent & sound
     failed = length.stuck | lost
     outcome = outcome._replace(
         error=jnp.where(failed, jnp.inf, outcome.error), worse=outcome.worse | failed
