@@ -40,7 +40,8 @@ class Chunked(LinearizedCurvature):
         """Regroups the examples into chunks of at most ``chunk_size`` on each device."""
         axes = example_axes(problem)
         problem = problem.present()
-        z = jax.eval_shape(problem.outputs, problem.params)
+        # What does not fit is named with the shapes of the whole batch.
+        z = jax.eval_shape(lambda problem: linearize(problem).output, problem)
         problem.check_outputs(z)
         leaves, structure = jax.tree.flatten(problem.batch)
         leaves = [jnp.asarray(leaf) for leaf in leaves]
