@@ -5,6 +5,6 @@ uses are known and the examples stay apart, one forward pass records the inputs 
 every backward pass gives the cotangents of all their outputs, example by example. What is computed
 from those, such as factors and diagonals, is in :mod:`fvp.layers`.
 
-The letters of array axes, E R G I O K, are explained in `uses.py`. Imports heads, numerics,
-compatibility and typing; never :mod:`fvp.layers`.
+The letters of array axes, E R G I O K, are explained in `uses.py`. Imports heads, curvature,
+numerics, compatibility and typing; never :mod:`fvp.layers`.
 """

@@ -11,6 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import Array
 
+from fvp.curvature.problem import spread_axes
 from fvp.heads import Head
 from fvp.numerics import widen, zeros_of
 from fvp.tracing.batch_axes import BatchAxis, Mixed
@@ -219,12 +220,7 @@ def _entries(
     A leaf that only happens to have an axis of that length does no harm: whether examples stay
     apart is checked on the way to z.
     """
-    is_none = lambda axis: axis is None
-    spread = lambda axis, part: [axis] * len(jax.tree.leaves(part))
-    axes = jax.tree.leaves(
-        jax.tree.map(spread, batch_axes, batch, is_leaf=is_none), is_leaf=is_none
-    )
-    found = []
+    found, axes = [], spread_axes(batch, batch_axes)
     for leaf, axis in zip(jax.tree.leaves(batch), axes, strict=True):
         shape, entries = jnp.shape(leaf), []
         for number, count in enumerate(counts):
