@@ -41,7 +41,7 @@ class Chunked(LinearizedCurvature):
         axes = example_axes(problem)
         problem = problem.present()
         # What does not fit is named with the shapes of the whole batch.
-        z = jax.eval_shape(lambda problem: linearize(problem).output, problem)
+        z = jax.eval_shape(lambda: linearize(problem).output)
         problem.check_outputs(z)
         leaves, structure = jax.tree.flatten(problem.batch)
         leaves = [jnp.asarray(leaf) for leaf in leaves]

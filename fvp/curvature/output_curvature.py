@@ -54,8 +54,9 @@ class OutputCurvature(Record, abc.ABC):
                 " as well (return None where no root is known)."
             )
 
-    #: Whether ``at`` reads the targets of the problem, which must then be given.
-    reads_targets: ClassVar[bool] = False
+    #: Whether ``at`` reads the targets of the problem: True if they must be given, False if it
+    #: must not see them (they may be another loss's), None if it takes what there is.
+    reads_targets: ClassVar[bool | None] = None
 
     @classmethod
     @abc.abstractmethod
@@ -84,6 +85,8 @@ class OutputCurvature(Record, abc.ABC):
 class FisherCurvature(OutputCurvature):
     """F_R(z): the Fisher of the output distribution under its own labels, in closed form."""
 
+    reads_targets: ClassVar[bool | None] = False
+
     head: Head
     z: Array
 
@@ -104,7 +107,7 @@ class FisherCurvature(OutputCurvature):
 class HessianCurvature(OutputCurvature):
     """The Hessian of the negative log-likelihood in z, at the data's targets."""
 
-    reads_targets: ClassVar[bool] = True
+    reads_targets: ClassVar[bool | None] = True
 
     head: Head
     z: Array
@@ -149,7 +152,7 @@ class ScoreCurvature(OutputCurvature):
 class EmpiricalCurvature(ScoreCurvature):
     """The outer product of the score at the data's own targets."""
 
-    reads_targets: ClassVar[bool] = True
+    reads_targets: ClassVar[bool | None] = True
 
     @classmethod
     def at(cls, problem: Problem, z: Array) -> Self:
@@ -161,6 +164,8 @@ class EmpiricalCurvature(ScoreCurvature):
 @dataclasses.dataclass(frozen=True)
 class SampledCurvature(ScoreCurvature):
     """Monte Carlo: scores at labels drawn from the model, once, when the curvature is made."""
+
+    reads_targets: ClassVar[bool | None] = False
 
     @classmethod
     def at(cls, problem: Problem, z: Array) -> Self:

@@ -132,7 +132,7 @@ def objective_at(options: Options, params: Params, operator: Any, data: Data) ->
     if operator is None:
         assert problem is not None
         linearize, read = gauss_newton_of(options.curvature), problem
-        if not options.curvature.reads_targets:  # they may be another loss's
+        if options.curvature.reads_targets is False:
             read = dataclasses.replace(problem, targets=None)
         operator = build_operator(linearize, read, options.chunk_size)
     return Objective(operator, params, problem, data, options.l2)
