@@ -250,6 +250,14 @@ def concatenated_with_constants(rng, i, o):
     return draw(rng, i, o)[:, 1:], lambda w: jnp.concatenate([constants, w], axis=1)
 
 
+@weights()
+def concatenated_across_rows(rng, i, o):
+    cut = max(1, i * o // 2 - 1)
+    flat = draw(rng, i * o)
+    params = {"first": flat[:cut], "rest": flat[cut:]}
+    return params, lambda w: jnp.concatenate([w["first"], w["rest"]]).reshape(i, o)
+
+
 @weights("shares")
 def concatenated_with_itself(rng, i, o):
     return draw(rng, i, o), lambda w: jnp.concatenate([w, w], axis=1)[:, 1 : o + 1]
@@ -2812,14 +2820,15 @@ def dual_of(model):
 
 
 def kfac_of(model, fallback=None):
-    """The matrix, its trace and how each parameter is treated."""
+    """The matrix, its trace, a damped solution and how each parameter is treated."""
     coverage = {}
 
     def run(params, v, batch, weights):
         options = {"weights": weights, "fallback": fallback}
         operator = fvp.kfac(model.model_fn, model.head, params, batch, **options)
         coverage["it"] = operator.coverage
-        return operator.dense(), operator.trace()
+        solution = ravel_pytree(operator.solve(v, DAMPINGS[0]))[0]
+        return operator.dense(), operator.trace(), solution
 
     return *compiled(model, run), coverage["it"]
 
@@ -2885,7 +2894,7 @@ def block(matrix, s):
 
 def check_kfac(model, result, fisher, mixes=False):
     """What holds of every K-FAC: see the complaints; ``mixes``: of a model that mixes examples."""
-    dense, trace, coverage = result
+    dense, trace, solution, coverage = result
     allowed, complaints = tolerance(model), []
     if not np.all(np.isfinite(dense)):
         return ["not finite"]
@@ -2895,6 +2904,9 @@ def check_kfac(model, result, fisher, mixes=False):
         complaints.append("not positive semidefinite")
     if off(trace, np.trace(dense), allowed):
         complaints.append("trace() is not that of dense()")
+    damped = dense + DAMPINGS[0] * np.eye(len(dense))
+    if off(damped @ solution, model.direction, 10 * allowed):
+        complaints.append("solve() is not the inverse of dense()")
     scale = np.abs(fisher).max()
     for path, s in model.leaves:
         pair = block(dense, s), block(fisher, s)

@@ -149,6 +149,61 @@ def concatenated_tables(rng):
     return model, params, jnp.asarray(rng.integers(0, 5, (4, 3)))
 
 
+def scattered(p, *shape):
+    """A weight of two leaves, neither of which is a block of it."""
+    return jnp.concatenate([p["a"], p["b"]]).reshape(shape)
+
+
+def leaves(rng, a, b):
+    return {"a": normal(rng, a), "b": normal(rng, b)}
+
+
+@case
+def scattered_weight(rng):
+    model = lambda p, x: jnp.tanh(x @ scattered(p, 4, 3))
+    return model, leaves(rng, 5, 7), normal(rng, 3, 4)
+
+
+@case
+def scattered_weight_of_rows(rng):
+    model = lambda p, x: jnp.tanh(x @ scattered(p, 4, 3)).sum(1)
+    return model, leaves(rng, 5, 7), normal(rng, 3, 2, 4)
+
+
+@case
+def scattered_scales_and_shifts(rng):
+    def model(p, x):
+        scaled = x[..., None] * (2 * scattered(p["scale"], 4, 3)) + scattered(p["shift"], 4, 3)
+        return jnp.tanh(scaled).sum(1)
+
+    return model, {"scale": leaves(rng, 5, 7), "shift": leaves(rng, 4, 8)}, normal(rng, 3, 4)
+
+
+@case
+def scattered_table(rng):
+    model = lambda p, i: jnp.tanh(scattered(p, 4, 3)[i]).sum(1) ** 2
+    return model, leaves(rng, 5, 7), jnp.asarray(rng.integers(0, 4, (3, 2)))
+
+
+@case
+def scattered_kernel(rng):
+    model = lambda p, x: flat(jnp.tanh(convolve(x, scattered(p, 3, 2, 2))))
+    return model, leaves(rng, 5, 7), normal(rng, 3, 3, 2)
+
+
+@case
+def kernels_of_an_ensemble_flipped_and_scaled(rng):
+    numbers = ("NWC", "WIO", "NWC")
+
+    def model(kernels, x):
+        options = {"transpose_kernel": True, "dimension_numbers": numbers}
+        one = lambda kernel: lax.conv_transpose(x, kernel, (1,), "SAME", **options)
+        z = jax.vmap(one, out_axes=-1)(kernels)
+        return flat(z * jnp.pad(kernels[:, 0, :1, 0], ((0, 0), (1, 0))).T)
+
+    return model, normal(rng, 2, 2, 2, 3), normal(rng, 3, 3, 3)
+
+
 @case
 def tiled_set_and_accumulated(rng):
     def model(p, x):
@@ -370,6 +425,26 @@ def test_parts_of_a_weight_have_factors_and_inverses_of_their_own():
     expected = np.linalg.solve(
         np.asarray(K.dense()) + DAMPING * np.eye(12), np.asarray(ravel_pytree(v)[0])
     )
+    assert relative_error(ravel_pytree(K.solve(v, DAMPING))[0], expected) < 1e-10
+
+
+@pytest.mark.parametrize("make", [scattered_weight, scattered_table, scattered_kernel])
+def test_scattered_weights_have_no_factors(make):
+    model, params, batch = make(np.random.default_rng(0))
+    with pytest.raises(ValueError, match=r"\['a'\].*scattered"):
+        fvp.kfac(model, GAUSSIAN, params, batch)
+    K = fvp.kfac(model, GAUSSIAN, params, batch, fallback="per_example")
+    fisher = dense_fisher(model, params, batch)
+    np.testing.assert_allclose(K.dense(), np.diag(np.diag(fisher)), atol=1e-10)
+
+
+def test_scattered_scales_and_shifts_have_their_exact_blocks():
+    model, params, batch = scattered_scales_and_shifts(np.random.default_rng(0))
+    errors, K = block_errors(model, params, batch)
+    assert max(errors.values()) < 1e-10
+    v = jax.tree.map(jnp.ones_like, params)
+    damped = np.asarray(K.dense()) + DAMPING * np.eye(24)
+    expected = np.linalg.solve(damped, np.asarray(ravel_pytree(v)[0]))
     assert relative_error(ravel_pytree(K.solve(v, DAMPING))[0], expected) < 1e-10
 
 

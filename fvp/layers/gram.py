@@ -40,7 +40,7 @@ def gram_matrix(
 
 def _gram(group: GroupGradients) -> Float[Array, "KE KE"]:
     use, x, delta = group.uses[0], group.inputs[0], group.outputs[0]
-    if len(group.uses) > 1 or use.view.functions or use.view.weighted:
+    if len(group.uses) > 1 or use.view.functions or use.view.weighted or use.scattered:
         return _outer(group.gradients())
     if delta.shape[2] > 1:
         return _outer_by_inputs(group)

@@ -59,7 +59,7 @@ def standing_for(uses: Sequence[ParameterUse], shape: Shape) -> ParameterUse | N
     first = uses[0]
     if not all(use.is_elementwise for use in uses):
         return None
-    exotic = any(use.view.functions or use.view.weighted for use in uses)
+    exotic = any(use.view.functions or use.view.weighted or use.scattered for use in uses)
     if not exotic and all(use.layout == first.layout for use in uses):
         return None if len(uses) == 1 else dataclasses.replace(first, joined=None)
     flat = (math.prod(shape),)

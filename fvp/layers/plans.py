@@ -74,7 +74,8 @@ def _refused(layers: Capture, uses: Sequence[ParameterUse], fallback: str | None
     if fallback is None:
         raise ValueError(
             f"{layers.paths[uses[0].view.leaf]}: its uses ({names}) go through functions of the"
-            " parameter or overlap in different layouts, and have no common Kronecker factors; pass"
+            " parameter, overlap in different layouts or read it scattered over a larger weight,"
+            " and have no common Kronecker factors; pass"
             ' fallback="per_example" for its exact diagonal instead.'
         )
     return names
@@ -85,7 +86,7 @@ def _plan(layers: Capture, number: int, uses: list[ParameterUse]) -> Plan | None
     shape = layers.shapes[uses[0].view.leaf].shape
     if (one := standing_for(uses, shape)) is not None:
         return Plan(number, (one.layout,), (False,), lookup=False, merged=True)
-    if any(use.view.functions or use.view.weighted for use in uses):
+    if any(use.view.functions or use.view.weighted or use.scattered for use in uses):
         return None
     swapped = _orientations(uses, shape)
     if swapped is None:

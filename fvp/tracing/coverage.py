@@ -74,7 +74,9 @@ def treatment(use: ParameterUse) -> str:
     through = ", ".join(dict.fromkeys(names))
     groups = use.layout.shape[0]
     kind = use.kind
-    if use.is_elementwise and groups > 1 and use.joined is None:
+    if use.scattered and not use.is_elementwise:
+        kind = f"scattered {kind}"
+    elif use.is_elementwise and groups > 1 and use.joined is None and not use.scattered:
         kind += f" in {groups} blocks"
     return f"{kind} through {through}" if through else kind
 

@@ -16,7 +16,8 @@ from fvp.tracing.uses import ParameterUse
 def restrict(use: ParameterUse, shape: Shape) -> None:
     """Makes ``use``, of a leaf of ``shape``, one of that leaf alone.
 
-    Its kind becomes "partial", without a rule, if it can't be; "nothing" if it reads none of it.
+    It is ``scattered`` where the leaf is no block of the weight, and then reads the whole weight's
+    inputs and outputs. Its kind becomes "nothing" if it reads none of the leaf.
     """
     if use.kind == "other" or not use.view.embedded or use.view.functions:
         return
@@ -26,11 +27,11 @@ def restrict(use: ParameterUse, shape: Shape) -> None:
         return
     kept = [np.flatnonzero(present.any(axes)) for axes in ((1, 2), (0, 2), (0, 1))]
     if not present[np.ix_(*kept)].all():
-        use.kind = "partial"
+        use.scattered = True
         return
     whole, stacks = use.layout.whole, use.layout.stacks
     if len(kept[0]) < whole[0] and stacks:
-        use.kind = "partial"  # groups of scans come in one by one
+        use.scattered = True  # groups of scans come in one by one
         return
     use.kept = tuple(tuple(numbers.tolist()) for numbers in kept)
     groups = slice(None) if len(kept[0]) == whole[0] else kept[0]

@@ -31,7 +31,7 @@ class ExampleAxes:
     @classmethod
     def of(cls, z: Value, uses: Sequence[ParameterUse], counts: Sequence[int]) -> ExampleAxes:
         """Of a model with output ``z`` and these uses of parameters."""
-        layers = [use for use in uses if use.is_layer]
+        layers = [use for use in uses if use.is_layer and not use.scattered]
         kept: list[int] = []
         for axis, count in enumerate(counts):
             found = z.batch_axes[axis]
@@ -55,8 +55,7 @@ class ExampleAxes:
 
     def handles(self, use: ParameterUse) -> bool:
         """Whether there is a rule for ``use`` that keeps all examples apart."""
-        ruled = use.kind not in ("other", "nothing")
-        return ruled and all(_among_shared(use, axis) is not None for axis in self.kept)
+        return use.is_layer and all(_among_shared(use, axis) is not None for axis in self.kept)
 
     def arrange(
         self, use: ParameterUse, read: Callable[[Array], Array], x: Array, trailing: int

@@ -37,8 +37,8 @@ class ParameterUse:
     """One use of one view of a parameter.
 
     Attributes:
-      kind: "dense", "convolution", "lookup", "shift" or "scale"; without a rule "other", or, of a
-        parameter that is part of the weight, "partial" or "nothing".
+      kind: "dense", "convolution", "lookup", "shift" or "scale"; "other" without a rule; "nothing"
+        where a parameter that is part of the weight is none of what is read.
       view: the parameter on its way here.
       primitive: name of the JAX primitive.
       batch_axes: where each batch axis is in the output.
@@ -53,6 +53,7 @@ class ParameterUse:
         parameter ("stacked") or shares it ("shared").
       joined: for a shift, the use whose output it shifts, where nothing else reads that.
       kept: the groups, inputs and outputs that are this parameter's, where others are not.
+      scattered: whether the entries that are this parameter's are no such block of the weight.
     """
 
     kind: str
@@ -69,6 +70,7 @@ class ParameterUse:
     joined: ParameterUse | None = None
     dtype: DTypeLike | None = None
     kept: tuple[tuple[int, ...], ...] | None = None
+    scattered: bool = False
 
     @property
     def layout(self) -> Layout:
@@ -78,7 +80,7 @@ class ParameterUse:
     @property
     def is_layer(self) -> bool:
         """Whether there is a layer rule for this kind of use."""
-        return self.kind not in ("other", "partial", "nothing")
+        return self.kind not in ("other", "nothing")
 
     @property
     def is_elementwise(self) -> bool:
