@@ -2,7 +2,7 @@
 
 from fvp.transforms.kfac import scale_by_kfac
 from fvp.transforms.natural_gradient import natural_gradient, scale_by_fisher
-from fvp.transforms.step import NaturalGradientState
+from fvp.transforms.state import NaturalGradientState
 
 __all__ = [
     "NaturalGradientState",

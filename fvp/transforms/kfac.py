@@ -14,7 +14,7 @@ from fvp.heads import Head
 from fvp.solvers import KFACSolver
 from fvp.transforms.natural_gradient import Damping
 from fvp.transforms.options import check_order, checked_options
-from fvp.transforms.step import build_transform
+from fvp.transforms.transform import build_transform
 from fvp.typing import ModelFn
 
 

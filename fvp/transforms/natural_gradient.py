@@ -15,7 +15,7 @@ from fvp.heads import Head
 from fvp.mesh import AxisName
 from fvp.solvers import DampedSolver
 from fvp.transforms.options import check_order, checked_options, damped_solver
-from fvp.transforms.step import build_transform
+from fvp.transforms.transform import build_transform
 from fvp.typing import ModelFn
 
 ScalarOrSchedule = ArrayLike | Callable[[Array], ArrayLike]

@@ -6,13 +6,14 @@ import dataclasses
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
+import jax
 import jax.numpy as jnp
 from jax import Array
 
 from fvp.control.line_search import halving_search, output_search
 from fvp.curvature import CurvatureOperator, Problem
 from fvp.curvature.linearization import Linearization
-from fvp.numerics import cast_like, tree_vdot
+from fvp.numerics import cast_like, tree_axpy, tree_vdot
 from fvp.transforms.subset import fill_masked, has_masked_nodes
 from fvp.typing import Params
 
@@ -65,6 +66,17 @@ class Objective:
         """The model's z."""
         assert self.problem is not None
         return self.problem.outputs(params)
+
+    def gradient_with_penalty(self, gradient: Params) -> Params:
+        """The gradient of the loss with its l2 term, from that without."""
+        if self.l2 is None:
+            return gradient
+        return tree_axpy(self.l2, cast_like(self.params, gradient), gradient)
+
+    @property
+    def output_dtype(self) -> Any:
+        """Of the model's outputs."""
+        return jax.eval_shape(lambda: self.operator.output).dtype
 
     def divergence(self, params: Params) -> Array:
         """Exact mean KL from the model at the operator to the one at ``params``."""

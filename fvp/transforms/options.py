@@ -6,6 +6,9 @@ import dataclasses
 import math
 from typing import Any
 
+import jax.numpy as jnp
+from jax import Array
+
 from fvp.checks import check_nonnegative
 from fvp.control import DampingRule, FixedDamping
 from fvp.curvature import (
@@ -38,6 +41,7 @@ class Options:
     Attributes:
       on_subset: ``model_fn`` on part of the parameters: one object, one compilation.
       learning_rate: None where the direction itself is returned.
+      default_rule: whether the damping was left to the library.
       momentum: a number or a schedule, "quadratic", OF_RULE, or None.
       line_search: "loss", "outputs" or None.
     """
@@ -47,6 +51,7 @@ class Options:
     head: Head
     learning_rate: Any
     rule: DampingRule
+    default_rule: bool
     curvature: type[OutputCurvature]
     solver: DampedSolver
     momentum: Any
@@ -59,10 +64,26 @@ class Options:
     batch_axes: Any
     axis_name: AxisName
 
+    def rate(self, count: Array) -> Array:
+        """How far along the direction, at the step ``count``."""
+        rate = 1.0 if self.learning_rate is None else self.learning_rate
+        return jnp.asarray(rate(count) if callable(rate) else rate)
+
+    @property
+    def sign(self) -> float:
+        """Of the update that is returned."""
+        return 1.0 if self.learning_rate is None else -1.0
+
     @property
     def tries(self) -> bool:
         """Whether a step is tried before it is returned."""
         return self.rule.adapts or self.line_search is not None
+
+    @property
+    def minds_noise(self) -> bool:
+        """Whether steps change where the noise of the batches leads: nothing set forbids it."""
+        bounded = self.max_kl is not None or self.line_search is not None
+        return self.default_rule and self.rule.adapts and not (bounded or self.geodesic)
 
     @property
     def plane(self) -> bool:
@@ -106,6 +127,7 @@ def checked_options(
         head=head,
         learning_rate=learning_rate,
         rule=rule,
+        default_rule=damping is None,
         curvature=_curvature(curvature),
         solver=solver,
         momentum=_momentum(momentum, rule, solver),

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 from typing import Any, NamedTuple
 
 import jax
@@ -10,132 +9,28 @@ import jax.numpy as jnp
 import optax
 from jax import Array
 
-from fvp.checks import check_like
-from fvp.compilation import compiled_when_eager
 from fvp.control import Observation, Outcome, Step
 from fvp.control.record import unknown_outcome
 from fvp.control.trial import divergence_outcome, loss_outcome
-from fvp.curvature import CurvatureOperator, Problem
-from fvp.curvature.gauss_newton import gauss_newton_of
-from fvp.curvature.operator import build_operator
 from fvp.numerics import (
     as_finite,
     cast_like,
-    tree_axpy,
     tree_norm,
     tree_vdot,
     tree_where,
     tree_zeros_like,
     unit,
 )
-from fvp.solvers import DampedCurvature, Moment, Setting, Verdict
+from fvp.solvers import DampedCurvature, Moment, Verdict
 from fvp.transforms.direction import Direction, find_direction
 from fvp.transforms.length import Length, Moves, choose_length
-from fvp.transforms.objective import Data, Objective
-from fvp.transforms.options import Options, check_data
-from fvp.transforms.serialization import register_with_flax
-from fvp.transforms.subset import has_masked_nodes
+from fvp.transforms.objective import Objective
+from fvp.transforms.options import Options
+from fvp.transforms.state import NaturalGradientState
 from fvp.typing import Params, PyTree
 
 # Where nothing can try an adaptive step, for want of a batch; docs/decisions/steps.md
 UNTRIED_DAMPING = 4.0
-
-
-class NaturalGradientState(NamedTuple):
-    """State of the transformations: of one for all of them."""
-
-    count: Any  # int32 scalar, updates done
-    direction: Any  # like the parameters, the last solution: warm start and momentum; or None
-    control: Any  # state of the damping rule
-    solver: Any  # state of the solver
-    damping: Array  # float32 scalar, of the last step
-    iterations: Array  # int32 scalar, CG iterations of the last step
-    residual_norm: Array  # float32 scalar, of the last solve
-    predicted_kl: Array  # float32 scalar, 1/2 s^T (curvature) s for the step s; 0 if rejected
-    accepted: Array  # bool scalar; a step that was not is zeros
-    gradient_mismatch: Array  # bool scalar, what the last rejected step found, see scale_by_fisher
-
-
-def build_transform(options: Options) -> optax.GradientTransformationExtraArgs:
-    """``init`` and ``update``; compiled when called eagerly."""
-
-    def init(params: Params) -> NaturalGradientState:
-        register_with_flax()
-        problem = lambda params, batch: problem_at(options, params, Data(batch))
-        setting = Setting(params, options.rule.adapts, problem)
-        # One array for each field: a buffer that stands in two places cannot be donated.
-        return NaturalGradientState(
-            count=jnp.zeros((), jnp.int32),
-            direction=optax.tree.zeros_like(params) if options.keeps_direction else None,
-            control=options.rule.init(params),
-            solver=options.solver.init(setting),
-            damping=jnp.zeros((), jnp.float32),
-            iterations=jnp.zeros((), jnp.int32),
-            residual_norm=jnp.zeros((), jnp.float32),
-            predicted_kl=jnp.zeros((), jnp.float32),
-            accepted=jnp.zeros((), jnp.bool_),
-            gradient_mismatch=jnp.zeros((), jnp.bool_),
-        )
-
-    @compiled_when_eager
-    def step(
-        gradient: Params, state: NaturalGradientState, params: Params, operator: Any, data: Data
-    ) -> tuple[Params, NaturalGradientState]:
-        return take_step(options, gradient, state, objective_at(options, params, operator, data))
-
-    def update(
-        updates: Params,
-        state: NaturalGradientState,
-        params: Params | None = None,
-        *,
-        operator: CurvatureOperator | None = None,
-        **keywords: Any,
-    ) -> tuple[Params, NaturalGradientState]:
-        if params is None:
-            raise ValueError("params: expected the parameters, got None; tx.update(g, s, params).")
-        data = Data(**{name: keywords.get(name) for name in Data._fields})
-        if operator is None:
-            check_data(params, data, options.curvature)
-        gradient = check_like(updates, params, "updates", "params", cast=False)
-        if not options.tries or data.value_fn is None:
-            data = data._replace(value=None, value_fn=None)
-        return step(gradient, state, params, operator, data)
-
-    return optax.GradientTransformationExtraArgs(init, update)  # pyright: ignore[reportArgumentType]
-
-
-def problem_at(options: Options, params: Params, data: Data) -> Problem:
-    """The loss at a batch, of all parameters or of those that are not masked."""
-    model, axes, batch = options.model_fn, options.batch_axes, data.batch
-    if has_masked_nodes(params):
-        if data.all_params is None:
-            raise ValueError(
-                "example_batch: init sees the unmasked parameters alone, under optax.masked and"
-                " optax.partition; leave it out, and the factors are those of each batch."
-            )
-        model, axes, batch = options.on_subset, (axes, None), (batch, data.all_params)
-    return Problem.of(
-        model,
-        options.head,
-        params,
-        batch,
-        targets=data.targets,
-        weights=data.weights,
-        batch_axes=axes,
-        axis_name=options.axis_name,
-    )
-
-
-def objective_at(options: Options, params: Params, operator: Any, data: Data) -> Objective:
-    """What steps are tried on; builds the ``operator`` where the caller has not."""
-    problem = None if data.batch is None else problem_at(options, params, data)
-    if operator is None:
-        assert problem is not None
-        linearize, read = gauss_newton_of(options.curvature), problem
-        if options.curvature.reads_targets is False:
-            read = dataclasses.replace(problem, targets=None)
-        operator = build_operator(linearize, read, options.chunk_size)
-    return Objective(operator, params, problem, data, options.l2)
 
 
 class Attempt(NamedTuple):
@@ -170,14 +65,17 @@ def take_step(
         noisy=options.rule.noisy(control),
     )
     seen = tree_where(verdict.sound, attempt.control, state.control)
-    step, sign = attempt.direction.path.step(record.length), _sign(options)
-    update = jax.tree.map(lambda x: jnp.where(accepted, sign * x, 0).astype(x.dtype), step)
+    step = attempt.direction.path.step(record.length)
+    update = jax.tree.map(lambda x: jnp.where(accepted, options.sign * x, 0).astype(x.dtype), step)
     damping = jnp.where(jnp.isfinite(attempt.damping), attempt.damping, state.damping)
     predicted_kl = jnp.where(accepted, attempt.length.predicted_kl, 0)
     info, mismatch = attempt.direction.info, state.gradient_mismatch
     if options.tries and objective.data.tries_nll:
         differs = lambda: _gradient_differs(objective, gradient, attempt)
         mismatch = jax.lax.cond(descent & outcome.worse, differs, lambda: state.gradient_mismatch)
+    noise = state.noise
+    if noise is not None:
+        noise = noise.claimed(objective, record, outcome, accepted)
     return update, NaturalGradientState(
         count=optax.safe_increment(state.count),
         direction=_kept_direction(state.direction, attempt, accepted),
@@ -189,6 +87,7 @@ def take_step(
         predicted_kl=as_finite(predicted_kl.astype(jnp.float32)),
         accepted=accepted,
         gradient_mismatch=mismatch,
+        noise=noise,
     )
 
 
@@ -196,9 +95,7 @@ def _attempt(
     options: Options, gradient: Params, state: NaturalGradientState, objective: Objective
 ) -> Attempt:
     """Finds a step, and tries it."""
-    slope_of = gradient
-    if options.l2 is not None:
-        slope_of = tree_axpy(options.l2, cast_like(objective.params, gradient), gradient)
+    slope_of = objective.gradient_with_penalty(gradient)
     norm = tree_norm(slope_of)
     control, damped = _damped(options, objective, state, slope_of, norm)
     moment = Moment(state.count, norm, objective.data.targets, ~state.accepted)
@@ -212,7 +109,7 @@ def _attempt(
     momentum = _momentum(options, control, state.count)
     direction = find_direction(options, system, slope_of, state.direction, momentum)
     moves = Moves(objective.params, direction.path, gradient)
-    length = choose_length(options, objective, direction, moves, _rate(options, state.count))
+    length = choose_length(options, objective, direction, moves, options.rate(state.count))
     record = Step(
         slope=direction.slope,
         curvature=direction.curvature + _penalty_curvature(options, direction.path.direction),
@@ -270,17 +167,6 @@ def _momentum(options: Options, control: PyTree, count: Array) -> Any:
     if isinstance(momentum, str):
         return None if options.plane else options.rule.momentum(control, count)
     return momentum(count) if callable(momentum) else momentum
-
-
-def _rate(options: Options, count: Array) -> Any:
-    """How far along the direction."""
-    rate = 1.0 if options.learning_rate is None else options.learning_rate
-    return jnp.asarray(rate(count) if callable(rate) else rate)
-
-
-def _sign(options: Options) -> float:
-    """Of the update that is returned."""
-    return 1.0 if options.learning_rate is None else -1.0
 
 
 def _penalty_curvature(options: Options, direction: Params) -> Any:

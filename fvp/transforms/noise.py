@@ -1,0 +1,123 @@
+"""Steps where the noise of the batches leads: what of them is kept, and how one is made.
+
+No batch is solved for there: each would be fitted, noise and all. The direction is the averaged
+gradient over the root of its averaged squares, in the eigenbases of its averaged outer products.
+Its length is learned from the slope that the next batch finds along it.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+from jax import Array
+
+from fvp.control.claims import Claims
+from fvp.control.learned_length import LearnedLength
+from fvp.control.record import Outcome, Step
+from fvp.mesh import auto_sharded
+from fvp.numerics import cast_like, tree_is_finite, tree_vdot, tree_where, tree_zeros_like
+from fvp.preconditioners.moments import Moments
+from fvp.transforms.objective import Objective
+from fvp.transforms.options import Options
+from fvp.transforms.state import NaturalGradientState
+from fvp.typing import Params
+
+# First length over that of the quadratic model's minimum, and where it has none;
+# docs/decisions/steps.md
+_CAUTION, _BLIND = 0.01, 2.0**-10
+
+
+class NoiseState(NamedTuple):
+    """What the noise of the batches is known by, and what its steps need."""
+
+    leads: Array  # bool scalar; once it does it stays so
+    claims: Claims
+    taken: Array  # float32 scalar, length of the last step along the direction, while it does not
+    learned: LearnedLength
+    moments: Moments
+
+    @classmethod
+    def of(cls, params: Params) -> NoiseState:
+        """Before the first step."""
+        return cls(
+            leads=jnp.zeros((), jnp.bool_),
+            claims=Claims.none(),
+            taken=jnp.zeros((), jnp.float32),
+            learned=LearnedLength.unknown(),
+            moments=Moments.of(params),
+        )
+
+    def claimed(
+        self, objective: Objective, record: Step, outcome: Outcome, accepted: Array
+    ) -> NoiseState:
+        """With this batch's view of the last step, and the claim of a new one."""
+        if not objective.data.has_loss:
+            return self
+        before = objective.loss_before()
+        precision = float(jnp.finfo(objective.output_dtype).eps)
+        reduction = jnp.where(accepted, record.reduction - outcome.error, 0)
+        claims = self.claims.held_against(before, precision).after(before, reduction)
+        taken = jnp.where(accepted, record.length, 0).astype(jnp.float32)
+        return self._replace(claims=claims, taken=taken)
+
+
+def led_by_noise(
+    options: Options,
+    last: NaturalGradientState,
+    update: Params,
+    state: NaturalGradientState,
+) -> tuple[Params, NaturalGradientState]:
+    """The step that was found; or, from where noise leads, the ``last`` one taken back."""
+    noise: NoiseState = state.noise
+    leads = noise.claims.noise_leads
+    length = -options.sign * last.noise.taken
+    back = jax.tree.map(lambda u, d: (length * d).astype(u.dtype), update, last.direction)
+    turned = last._replace(
+        count=state.count,
+        direction=tree_zeros_like(last.direction),
+        accepted=jnp.zeros((), jnp.bool_),
+        predicted_kl=jnp.zeros((), jnp.float32),
+        noise=noise._replace(leads=leads),
+    )
+    return tree_where(leads, (back, turned), (update, state))
+
+
+def noise_step(
+    options: Options, gradient: Params, state: NaturalGradientState, objective: Objective
+) -> tuple[Params, NaturalGradientState]:
+    """One step where noise leads; ``state.direction`` is the last one of them."""
+    noise: NoiseState = state.noise
+    gradient = objective.gradient_with_penalty(gradient)
+    moments = auto_sharded(lambda m, g: m.updated(g), noise.moments, gradient)
+    make = lambda m, like: m.direction(like)
+    direction = auto_sharded(make, moments, state.direction, like=state.direction)
+    learned = noise.learned.learned(tree_vdot(gradient, state.direction))
+    first = lambda: _first_length(objective, gradient, direction)
+    value = jax.lax.cond(learned.value == 0, first, lambda: learned.value)
+    rate = (options.rate(state.count) * value).astype(jnp.float32)
+    step = jax.tree.map(lambda d: (rate * d).astype(d.dtype), direction)
+    update = jax.tree.map(lambda d, g: (options.sign * d).astype(g.dtype), step, gradient)
+    sound = tree_is_finite(moments) & tree_is_finite(update)
+    kept = state._replace(
+        direction=step,
+        iterations=jnp.zeros((), jnp.int32),
+        residual_norm=jnp.zeros((), jnp.float32),
+        predicted_kl=jnp.zeros((), jnp.float32),
+        noise=noise._replace(learned=learned._replace(value=value), moments=moments),
+    )
+    update, state = tree_where(sound, (update, kept), (tree_zeros_like(update), state))
+    return update, state._replace(count=optax.safe_increment(state.count), accepted=sound)
+
+
+def _first_length(objective: Objective, gradient: Params, direction: Params) -> Array:
+    """A hundredth of the way to the minimum of this batch's quadratic model along the direction."""
+    slope = tree_vdot(gradient, direction)
+    curvature = objective.operator.quadratic_form(cast_like(direction, objective.params))
+    if objective.l2 is not None:
+        curvature += objective.l2 * tree_vdot(direction, direction)
+    length = slope / jnp.where(curvature > 0, curvature, 1)
+    usable = (curvature > 0) & (length > 0) & jnp.isfinite(length)
+    return jnp.where(usable, _CAUTION * length, _BLIND).astype(jnp.float32)
