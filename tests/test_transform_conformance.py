@@ -215,6 +215,13 @@ def test_map_params_reaches_the_trees_like_params_only(tx):
     if state.control is not None:
         squares = scaled(2, state.control.squares)
         expected = expected._replace(control=state.control._replace(squares=squares))
+    if state.noise is not None:
+        moments = state.noise.moments
+        pair = {
+            name: scaled(2, getattr(moments, name)) for name in ("first_moment", "second_moment")
+        }
+        noise = state.noise._replace(moments=moments._replace(**pair))
+        expected = expected._replace(noise=noise)
     jax.tree.map(np.testing.assert_array_equal, doubled, expected)
 
 

@@ -18,11 +18,14 @@ class Claims(NamedTuple):
     A step from batch t claims L_t(before) - L_t(after). The next batch sees the same parameters at
     L_{t+1}(after), and what that is above L_t(after) was fitted to batch t alone. With both summed
     over the last ten steps, claims minus refuted is how far the loss of fresh batches has fallen.
-    Where all batches are one, the refuted part is zero to rounding. All float32 scalars.
+    Where all batches are one, the refuted part is zero to rounding. All fields but ``known`` are
+    float32 scalars.
     """
 
-    reduction: Array  # of the last step, on its own batch
-    loss: Array  # of that batch after it; NaN before the first
+    before: Array  # loss of the last batch, before its step
+    slope: Array  # how far it would have fallen along the step without curvature
+    reduction: Array  # how far it fell
+    known: Array  # bool scalar, whether these are
     claimed: Array  # decaying sum of the reductions
     refuted: Array  # decaying sum of what the next batch found above the losses after them
     rounding: Array  # decaying sum of what rounding may have to do with it
@@ -31,27 +34,33 @@ class Claims(NamedTuple):
     def none(cls) -> Claims:
         """Before the first step; one buffer for each field, so that it can be donated."""
         zero = lambda: jnp.zeros((), jnp.float32)
-        return cls(zero(), jnp.full((), jnp.nan, jnp.float32), zero(), zero(), zero())
+        return cls(zero(), zero(), zero(), jnp.zeros((), jnp.bool_), zero(), zero(), zero())
 
-    def held_against(self, loss: Array, precision: float) -> Claims:
-        """With the ``loss`` of the next batch at the same parameters, which has that precision.
+    def held_against(self, loss: Array, part: Array, precision: float) -> Claims:
+        """With the ``loss`` of the next batch, which has that precision.
 
-        A loss that is not finite says nothing.
+        The ``part`` of the step that was taken is 1 but where another transformation has changed
+        it; then the reduction is the parabola's through what is known. A loss that is not finite
+        says nothing.
         """
         loss = loss.astype(jnp.float32)
-        known = jnp.isfinite(loss) & jnp.isfinite(self.loss)
-        rounding = 4 * precision * (jnp.abs(loss) + jnp.abs(self.loss))
+        known = jnp.isfinite(loss) & self.known
+        shortened = part * self.slope - part**2 * (self.slope - self.reduction)
+        reduction = jnp.where(part == 1, self.reduction, shortened)
+        after = self.before - reduction
         add = lambda total, x: jnp.where(known, _MEMORY * total + x, total)
         return self._replace(
-            claimed=add(self.claimed, self.reduction),
-            refuted=add(self.refuted, loss - self.loss),
-            rounding=add(self.rounding, rounding),
+            claimed=add(self.claimed, reduction),
+            refuted=add(self.refuted, loss - after),
+            rounding=add(self.rounding, 4 * precision * (jnp.abs(loss) + jnp.abs(self.before))),
         )
 
-    def after(self, before: Array, reduction: Array) -> Claims:
-        """With the claim of a new step, whose batch had the loss ``before`` it."""
-        reduction = reduction.astype(jnp.float32)
-        return self._replace(reduction=reduction, loss=before.astype(jnp.float32) - reduction)
+    def after(self, before: Array, slope: Array, reduction: Array) -> Claims:
+        """With the claim of a new step."""
+        values = [x.astype(jnp.float32) for x in (before, slope, reduction)]
+        known = jnp.isfinite(jnp.stack(values)).all()
+        before, slope, reduction = (jnp.where(known, x, 0) for x in values)
+        return self._replace(before=before, slope=slope, reduction=reduction, known=known)
 
     @property
     def noise_leads(self) -> Array:

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 from jax import Array
 
 # docs/decisions/steps.md
-_FIRST, _SLOWER, _LAST = 2.0, 4.0, 0.05  # rate max(1 / (2 + times / 4), 0.05)
+_FIRST, _SLOWER, _LAST = 2.0, 4.0, 0.05  # rate max(1 / (2 + slopes / 4), 0.05)
 _LARGEST, _MEMORY = 2.0, 0.9
 
 
@@ -27,10 +27,10 @@ class LearnedLength(NamedTuple):
       A. Gunes Baydin et al., Online learning rate adaptation with hypergradient descent, 2018.
     """
 
-    value: Array  # 0 before the first step
-    squares: Array  # decaying sum of the squared slopes
-    seen: Array  # decaying count of them
-    times: Array  # their number
+    length: Array  # 0 before the first step
+    slope_squares: Array  # decaying sum of the squared slopes
+    slope_weight: Array  # decaying count of them
+    slopes: Array  # their number
 
     @classmethod
     def unknown(cls) -> LearnedLength:
@@ -41,11 +41,11 @@ class LearnedLength(NamedTuple):
         """After the ``slope`` of a fresh gradient along the last step: above zero is downhill."""
         slope = slope.astype(jnp.float32)
         known = jnp.isfinite(slope) & (slope != 0) & jnp.isfinite(jnp.square(slope))
-        squares = _MEMORY * self.squares + jnp.where(known, jnp.square(slope), 0)
-        seen = _MEMORY * self.seen + known
+        squares = _MEMORY * self.slope_squares + jnp.where(known, jnp.square(slope), 0)
+        seen = _MEMORY * self.slope_weight + known
         typical = jnp.sqrt(squares / jnp.where(seen > 0, seen, 1))
         relative = jnp.where(known, slope / jnp.where(typical > 0, typical, 1), 0)
-        rate = jnp.maximum(_LAST, 1 / (_FIRST + self.times / _SLOWER))
+        rate = jnp.maximum(_LAST, 1 / (_FIRST + self.slopes / _SLOWER))
         change = jnp.exp(rate * jnp.clip(relative, -_LARGEST, _LARGEST))
-        value = jnp.clip(self.value * change, 0, jnp.finfo(jnp.float32).max)
-        return LearnedLength(value, squares, seen, self.times + known)
+        value = jnp.clip(self.length * change, 0, jnp.finfo(jnp.float32).max)
+        return LearnedLength(value, squares, seen, self.slopes + known)

@@ -25,12 +25,12 @@ class Moments(NamedTuple):
     """State of the preconditioner; trees like the parameters, in float32 or wider.
 
     For each axis of a leaf with two or more a basis: eigenvectors of the averaged outer products of
-    the gradient along it. ``mean`` and ``squares`` are in these coordinates.
+    the gradient along it. Both moments are in these coordinates.
     """
 
-    seen: Array  # int32 scalar, the number of gradients
-    mean: Any  # running average from 0 of the gradients
-    squares: Any  # running average from 0 of their squares
+    gradients: Array  # int32 scalar, their number
+    first_moment: Any  # running average from 0 of the gradients
+    second_moment: Any  # running average from 0 of their squares
     outer: Any  # for each leaf and axis the decaying sum (d, d) of the outer products
     bases: Any  # for each leaf and axis (d, d), the eigenvectors in columns
 
@@ -39,14 +39,20 @@ class Moments(NamedTuple):
         """Before the first gradient."""
         zeros = lambda: jax.tree.map(lambda p: jnp.zeros_like(p, wide_dtype(p.dtype)), params)
         leaves = jax.tree.leaves(params)
-        square = lambda make: tuple(
-            tuple(make(p.shape[axis], wide_dtype(p.dtype)) for axis in turned_axes(p.shape))
-            for p in leaves
+        # ``optax.tree.map_params`` makes the state of parameters without leaves, where one leaf has
+        # to stand for the matrices of all.
+        square = lambda make: (
+            jnp.zeros(())
+            if not leaves
+            else tuple(
+                tuple(make(p.shape[axis], wide_dtype(p.dtype)) for axis in turned_axes(p.shape))
+                for p in leaves
+            )
         )
         return cls(
-            seen=jnp.zeros((), jnp.int32),
-            mean=zeros(),
-            squares=zeros(),
+            gradients=jnp.zeros((), jnp.int32),
+            first_moment=zeros(),
+            second_moment=zeros(),
             outer=square(lambda size, dtype: jnp.zeros((size, size), dtype)),
             bases=square(lambda size, dtype: jnp.eye(size, dtype=dtype)),
         )
@@ -54,14 +60,16 @@ class Moments(NamedTuple):
     def updated(self, gradient: Params) -> Moments:
         """With one more gradient; every ten steps with new bases."""
         leaves, structure = jax.tree.flatten(gradient)
+        if not leaves:
+            return self
         leaves = [widen(leaf) for leaf in leaves]
         outer = tuple(
             tuple(_OUTER * total + _outer_product(g, axis) for total, axis in _axes(totals, g))
             for totals, g in zip(self.outer, leaves, strict=True)
         )
-        flat = (self.bases, jax.tree.leaves(self.mean), jax.tree.leaves(self.squares))
+        flat = (self.bases, jax.tree.leaves(self.first_moment), jax.tree.leaves(self.second_moment))
         bases, mean, squares = jax.lax.cond(
-            self.seen % _PERIOD == 0,
+            self.gradients % _PERIOD == 0,
             lambda flat: _refreshed(outer, *flat),
             lambda flat: flat,
             flat,
@@ -71,15 +79,17 @@ class Moments(NamedTuple):
         mean = [add(m, g, _MEAN) for m, g in zip(mean, turned, strict=True)]
         squares = [add(s, jnp.square(g), _SQUARES) for s, g in zip(squares, turned, strict=True)]
         tree = lambda flat: jax.tree.unflatten(structure, flat)
-        return Moments(self.seen + 1, tree(mean), tree(squares), outer, bases)
+        return Moments(self.gradients + 1, tree(mean), tree(squares), outer, bases)
 
     def direction(self, like: Params) -> Params:
         """The mean over the root of the squares, turned back; in the dtypes of ``like``."""
-        leaves, structure = jax.tree.flatten(self.mean)
-        weight = lambda memory: 1 - memory ** self.seen.astype(jnp.float32)
+        leaves, structure = jax.tree.flatten(self.first_moment)
+        if not leaves:
+            return like
+        weight = lambda memory: 1 - memory ** self.gradients.astype(jnp.float32)
         found = []
         for mean, square, bases in zip(
-            leaves, jax.tree.leaves(self.squares), self.bases, strict=True
+            leaves, jax.tree.leaves(self.second_moment), self.bases, strict=True
         ):
             mean, square = mean / weight(_MEAN), square / weight(_SQUARES)
             root = jnp.sqrt(jnp.maximum(square, _FLOOR * jnp.max(square, initial=0)))

@@ -36,6 +36,7 @@ class NoiseState(NamedTuple):
     leads: Array  # bool scalar; once it does it stays so
     claims: Claims
     taken: Array  # float32 scalar, length of the last step along the direction, while it does not
+    aligned: Array  # float32 scalar, parameters . last step, before it
     learned: LearnedLength
     moments: Moments
 
@@ -46,22 +47,48 @@ class NoiseState(NamedTuple):
             leads=jnp.zeros((), jnp.bool_),
             claims=Claims.none(),
             taken=jnp.zeros((), jnp.float32),
+            aligned=jnp.zeros((), jnp.float32),
             learned=LearnedLength.unknown(),
             moments=Moments.of(params),
         )
 
-    def claimed(
-        self, objective: Objective, record: Step, outcome: Outcome, accepted: Array
-    ) -> NoiseState:
-        """With this batch's view of the last step, and the claim of a new one."""
-        if not objective.data.has_loss:
-            return self
-        before = objective.loss_before()
-        precision = float(jnp.finfo(objective.output_dtype).eps)
-        reduction = jnp.where(accepted, record.reduction - outcome.error, 0)
-        claims = self.claims.held_against(before, precision).after(before, reduction)
-        taken = jnp.where(accepted, record.length, 0).astype(jnp.float32)
-        return self._replace(claims=claims, taken=taken)
+
+def with_claim(
+    state: NaturalGradientState, objective: Objective, record: Step, outcome: Outcome, step: Params
+) -> NoiseState:
+    """With this batch's view of the last step, and the claim of a new one.
+
+    ``state`` is that before the ``step``, which is to be subtracted, and zeros if it was rejected.
+    """
+    noise: NoiseState = state.noise
+    if not objective.data.has_loss:
+        return noise
+    before, params = objective.loss_before(), objective.params
+    precision = float(jnp.finfo(objective.output_dtype).eps)
+    claims = noise.claims.held_against(before, _part_taken(state, params), precision)
+    moved = tree_vdot(step, step) > 0
+    if_moved = lambda x: jnp.where(moved, x, 0)
+    slope, reduction = record.length * record.slope, record.reduction - outcome.error
+    return noise._replace(
+        claims=claims.after(before, if_moved(slope), if_moved(reduction)),
+        taken=if_moved(record.length).astype(jnp.float32),
+        aligned=tree_vdot(params, step).astype(jnp.float32),
+    )
+
+
+def _part_taken(state: NaturalGradientState, params: Params) -> Array:
+    """How much of the last step is in ``params``: less than 1 where others have shortened it.
+
+    1 where rounding hides it.
+    """
+    noise: NoiseState = state.noise
+    square = noise.taken**2 * tree_vdot(state.direction, state.direction)
+    safe = jnp.where(square > 0, square, 1)
+    part = (noise.aligned - noise.taken * tree_vdot(params, state.direction)) / safe
+    eps = max((float(jnp.finfo(x.dtype).eps) for x in jax.tree.leaves(params)), default=0)
+    unsure = 0.01 + 16 * eps * jnp.sqrt(tree_vdot(params, params) / safe)
+    whole = (square == 0) | ~(jnp.abs(part - 1) > unsure)
+    return jnp.where(whole, 1, jnp.clip(part, 0, 2)).astype(jnp.float32)
 
 
 def led_by_noise(
@@ -96,8 +123,8 @@ def noise_step(
     direction = auto_sharded(make, moments, state.direction, like=state.direction)
     learned = noise.learned.learned(tree_vdot(gradient, state.direction))
     first = lambda: _first_length(objective, gradient, direction)
-    value = jax.lax.cond(learned.value == 0, first, lambda: learned.value)
-    rate = (options.rate(state.count) * value).astype(jnp.float32)
+    length = jax.lax.cond(learned.length == 0, first, lambda: learned.length)
+    rate = (options.rate(state.count) * length).astype(jnp.float32)
     step = jax.tree.map(lambda d: (rate * d).astype(d.dtype), direction)
     update = jax.tree.map(lambda d, g: (options.sign * d).astype(g.dtype), step, gradient)
     sound = tree_is_finite(moments) & tree_is_finite(update)
@@ -106,7 +133,7 @@ def noise_step(
         iterations=jnp.zeros((), jnp.int32),
         residual_norm=jnp.zeros((), jnp.float32),
         predicted_kl=jnp.zeros((), jnp.float32),
-        noise=noise._replace(learned=learned._replace(value=value), moments=moments),
+        noise=noise._replace(learned=learned._replace(length=length), moments=moments),
     )
     update, state = tree_where(sound, (update, kept), (tree_zeros_like(update), state))
     return update, state._replace(count=optax.safe_increment(state.count), accepted=sound)

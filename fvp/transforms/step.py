@@ -24,6 +24,7 @@ from fvp.numerics import (
 from fvp.solvers import DampedCurvature, Moment, Verdict
 from fvp.transforms.direction import Direction, find_direction
 from fvp.transforms.length import Length, Moves, choose_length
+from fvp.transforms.noise import with_claim
 from fvp.transforms.objective import Objective
 from fvp.transforms.options import Options
 from fvp.transforms.state import NaturalGradientState
@@ -66,7 +67,8 @@ def take_step(
     )
     seen = tree_where(verdict.sound, attempt.control, state.control)
     step = attempt.direction.path.step(record.length)
-    update = jax.tree.map(lambda x: jnp.where(accepted, options.sign * x, 0).astype(x.dtype), step)
+    step = jax.tree.map(lambda x: jnp.where(accepted, x, 0).astype(x.dtype), step)
+    update = jax.tree.map(lambda x: (options.sign * x).astype(x.dtype), step)
     damping = jnp.where(jnp.isfinite(attempt.damping), attempt.damping, state.damping)
     predicted_kl = jnp.where(accepted, attempt.length.predicted_kl, 0)
     info, mismatch = attempt.direction.info, state.gradient_mismatch
@@ -75,7 +77,7 @@ def take_step(
         mismatch = jax.lax.cond(descent & outcome.worse, differs, lambda: state.gradient_mismatch)
     noise = state.noise
     if noise is not None:
-        noise = noise.claimed(objective, record, outcome, accepted)
+        noise = with_claim(state, objective, record, outcome, step)
     return update, NaturalGradientState(
         count=optax.safe_increment(state.count),
         direction=_kept_direction(state.direction, attempt, accepted),

@@ -1,0 +1,423 @@
+"""Where the noise of the batches leads: when that is noticed, and the steps that are taken then."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from dense import quick_jit
+from sklearn.datasets import load_digits
+
+import fvp
+from fvp.control.claims import Claims
+from fvp.control.learned_length import LearnedLength
+from fvp.preconditioners.moments import Moments
+
+HEAD = fvp.Softmax()
+EPS = float(jnp.finfo(jnp.float32).eps)
+
+
+# Claims ------------------------------------------------------------------------------------------
+
+
+def led(losses, claims, reductions):
+    """Whether noise leads after each batch, whose loss before its step is one of ``losses``."""
+    found = []
+    for before, reduction in zip(losses, reductions, strict=True):
+        claims = claims.held_against(jnp.float32(before), jnp.float32(1), EPS)
+        found.append(bool(claims.noise_leads))
+        claims = claims.after(*map(jnp.float32, (before, 2 * reduction, reduction)))
+    return found
+
+
+def test_one_batch_over_and_over_refutes_nothing():
+    # What a step leaves is what the next one finds, but for rounding, to the floor of the loss.
+    losses = 3.0 * 0.5 ** np.arange(60)
+    rounded = losses * (1 + 2 * EPS * np.random.default_rng(0).choice([-1, 1], 60))
+    assert not any(led(rounded, Claims.none(), losses / 2))
+
+
+def test_steps_that_only_fit_their_batch_are_refuted_at_once():
+    assert led([1.0, 1.0, 1.0], Claims.none(), [0.9] * 3) == [False, True, True]
+
+
+@pytest.mark.parametrize(("kept", "leads"), [(0.4, True), (0.6, False)])
+def test_half_of_what_is_claimed_decides(kept, leads):
+    losses = 10 - 0.1 * kept * np.arange(40)
+    assert led(losses, Claims.none(), [0.1] * 40)[-1] == leads
+
+
+def test_losses_that_are_not_finite_say_nothing():
+    one, half = jnp.float32(1), jnp.float32(0.5)
+    claims = Claims.none().after(one, one, half)
+    assert claims.held_against(one, one, EPS).noise_leads
+    assert not claims.held_against(jnp.float32(jnp.nan), one, EPS).noise_leads
+    assert not claims.held_against(jnp.float32(jnp.inf), one, EPS).noise_leads
+    bad = claims.after(jnp.float32(jnp.nan), one, half)
+    assert not bad.held_against(jnp.float32(9), one, EPS).noise_leads
+
+
+@pytest.mark.parametrize("part", [0.0, 0.1, 0.5, 1.5])
+def test_a_shortened_step_is_held_to_a_shortened_claim(part):
+    # Of 1/2 (1 - s)^2 the whole step s = 1 claims 1/2, with slope 1.
+    one, half, part = jnp.float32(1), jnp.float32(0.5), jnp.float32(part)
+    claims = Claims.none().after(half, one, half)
+    loss = 0.5 * (1 - part) ** 2
+    assert jnp.abs(claims.held_against(loss, part, EPS).refuted) < 1e-6
+
+
+# The learned length ------------------------------------------------------------------------------
+
+
+def descend(noise, scale=1.0, steps=3000, seed=0):
+    """Lengths that are learned on 1/2 |x|^2 with noisy gradients, and the losses."""
+
+    def step(carry, key):
+        x, last, learned = carry
+        gradient = scale * (x + noise * jax.random.normal(key, x.shape))
+        learned = learned.learned(jnp.vdot(gradient, last))
+        learned = learned._replace(length=jnp.where(learned.length == 0, 0.01, learned.length))
+        last = learned.length * gradient / scale
+        return (x - last, last, learned), (learned.length, 0.5 * jnp.vdot(x, x))
+
+    start = (jnp.full(10, 10.0), jnp.zeros(10), LearnedLength.unknown())
+    keys = jax.random.split(jax.random.key(seed), steps)
+    return jax.lax.scan(step, start, keys)[1]
+
+
+def test_without_noise_the_length_goes_to_that_of_newton_within_twenty_steps():
+    lengths, losses = descend(0.0, steps=40)
+    assert 0.5 < lengths[15] < 2
+    assert losses[-1] < 1e-6 * losses[0]
+
+
+@pytest.mark.parametrize("noise", [0.1, 1.0, 10.0])
+def test_under_noise_the_loss_ends_below_that_of_every_fixed_length(noise):
+    def fixed(length, steps=3000):
+        def step(x, key):
+            gradient = x + noise * jax.random.normal(key, x.shape)
+            return x - length * gradient, 0.5 * jnp.vdot(x, x)
+
+        keys = jax.random.split(jax.random.key(0), steps)
+        return jax.lax.scan(step, jnp.full(10, 10.0), keys)[1]
+
+    _, losses = descend(noise)
+    best = min(fixed(length)[-500:].mean() for length in 2.0 ** -np.arange(0, 8))
+    assert losses[-500:].mean() < 1.5 * best
+    assert losses[20:].max() <= losses[0]
+
+
+def test_units_of_the_loss_do_not_matter():
+    a, b = descend(1.0, steps=200)[0], descend(1.0, scale=2.0**20, steps=200)[0]
+    np.testing.assert_allclose(a, b, rtol=1e-4)
+
+
+@pytest.mark.parametrize("slope", [jnp.nan, jnp.inf, -jnp.inf, 1e30, -1e30])
+def test_no_single_slope_moves_the_length_far(slope):
+    learned = LearnedLength.unknown()._replace(length=jnp.float32(0.1))
+    for _ in range(100):
+        learned = learned.learned(jnp.float32(1e-3) * (-1) ** _)
+    after = learned.learned(jnp.float32(slope))
+    assert 0.85 < after.length / learned.length < 1.2
+
+
+# Moments in eigenbases ---------------------------------------------------------------------------
+
+
+def gradients(count, shapes, dtype=np.float64, seed=0):
+    """Gradients whose outer products have the same eigenvectors all the time."""
+    rng = np.random.default_rng(seed)
+    mixes = [[rng.normal(size=(size, size)) for size in shape] for shape in shapes]
+    for _ in range(count):
+        tree = []
+        for shape, matrices in zip(shapes, mixes, strict=True):
+            g = rng.normal(size=shape)
+            for axis, matrix in enumerate(matrices):
+                g = np.moveaxis(np.tensordot(matrix, g, axes=(1, axis)), 0, axis)
+            tree.append(jnp.asarray(g, dtype))
+        yield tree
+
+
+def run(shapes, count, dtype=np.float64):
+    trees = list(gradients(count, shapes, dtype))
+    moments, directions = Moments.of(trees[0]), []
+    update = quick_jit(lambda m, g: m.updated(g))
+    for tree in trees:
+        moments = update(moments, tree)
+        directions.append(moments.direction(tree))
+    return trees, moments, directions
+
+
+def reference(gs, count):
+    """The direction of one matrix in NumPy, one line for each line of the method."""
+    a, b = gs[0].shape
+    sides = [np.zeros((a, a)), np.zeros((b, b))]
+    bases = [np.eye(a), np.eye(b)]
+    mean, square = np.zeros((a, b)), np.zeros((a, b))
+    for i, g in enumerate(gs[:count]):
+        sides = [0.95 * sides[0] + g @ g.T, 0.95 * sides[1] + g.T @ g]
+        if i % 10 == 0:
+            new = []
+            for side, basis in zip(sides, bases, strict=True):
+                product = side @ basis / np.trace(side) + np.finfo(float).eps * basis
+                new.append(np.linalg.qr(product)[0])
+            turns = [old.T @ now for old, now in zip(bases, new, strict=True)]
+            mean = turns[0].T @ mean @ turns[1]
+            square = (turns[0] ** 2).T @ square @ turns[1] ** 2
+            bases = new
+        turned = bases[0].T @ g @ bases[1]
+        mean, square = 0.9 * mean + 0.1 * turned, 0.95 * square + 0.05 * turned**2
+    mean, square = mean / (1 - 0.9**count), square / (1 - 0.95**count)
+    square = np.maximum(square, 2.0**-40 * square.max())
+    return bases[0] @ (mean / np.sqrt(square)) @ bases[1].T
+
+
+def test_directions_are_those_of_a_plain_reference():
+    trees, _, directions = run([(4, 3)], 25)
+    flat = [np.asarray(tree[0]) for tree in trees]
+    for count in (1, 10, 11, 25):
+        expected = reference(flat, count)
+        np.testing.assert_allclose(directions[count - 1][0], expected, rtol=1e-5, atol=1e-7)
+
+
+def test_bases_become_the_eigenvectors_of_the_averaged_outer_products():
+    _, moments, _ = run([(5, 4)], 400)
+    for outer, basis in zip(moments.outer[0], moments.bases[0], strict=True):
+        basis = np.asarray(basis)
+        np.testing.assert_allclose(basis.T @ basis, np.eye(len(basis)), atol=1e-10)
+        turned = basis.T @ np.asarray(outer) @ basis
+        rest = turned - np.diag(np.diag(turned))
+        assert np.linalg.norm(rest) < 0.1 * np.linalg.norm(turned)
+
+
+def test_vectors_get_what_adam_gives_them():
+    trees, _, directions = run([(6,), ()], 20)
+    adam = optax.scale_by_adam(b1=0.9, b2=0.95, eps=0.0)
+    state = adam.init(trees[0])
+    for tree, direction in zip(trees, directions, strict=True):
+        expected, state = adam.update(tree, state)
+        jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-6), direction, expected)
+
+
+def test_axes_of_three_and_of_length_one_and_empty_leaves():
+    _, moments, directions = run([(2, 3, 4), (1, 5), (0, 3), (1, 1)], 12)
+    assert [len(bases) for bases in moments.bases] == [3, 1, 1, 0]
+    assert all(np.all(np.isfinite(leaf)) for leaf in directions[-1])
+
+
+def test_long_axes_keep_their_coordinates():
+    moments = Moments.of([jnp.zeros((2000, 3))])
+    assert [basis.shape for basis in moments.bases[0]] == [(3, 3)]
+
+
+def test_a_coordinate_that_was_silent_takes_no_long_step():
+    # Rare features: the first moment of a new coordinate is large against a second one of nothing.
+    rng, moments, longest = np.random.default_rng(0), Moments.of([jnp.zeros((30, 4))]), 0.0
+    update = quick_jit(lambda m, g: m.updated(g))
+    for _ in range(200):
+        row = (rng.uniform(size=30) < 0.03) * rng.normal(size=30)
+        g = [jnp.asarray(np.outer(row, rng.normal(size=4)), jnp.float32)]
+        moments = update(moments, g)
+        longest = max(longest, float(jnp.abs(moments.direction(g)[0]).max()))
+    assert longest < 10
+
+
+# The transformations -----------------------------------------------------------------------------
+
+
+@functools.cache
+def digits():
+    x, y = load_digits(return_X_y=True)
+    return jnp.asarray(x / 16, jnp.float32), jnp.asarray(y, jnp.int32)
+
+
+def model_fn(params, x):
+    (w, b), (v, c) = params
+    return jnp.tanh(x @ w + b) @ v + c
+
+
+def start(seed=0, width=32):
+    rng = np.random.default_rng(seed)
+    layer = lambda i, o: (
+        jnp.asarray(rng.normal(size=(i, o)) / i**0.5, jnp.float32),
+        jnp.zeros(o, jnp.float32),
+    )
+    return [layer(64, width), layer(width, 10)]
+
+
+def natural_gradient(rate=1.0, **options):
+    return fvp.natural_gradient(rate, model_fn, HEAD, **options)
+
+
+def scale_by_kfac(rate=1.0, **options):
+    return optax.chain(fvp.scale_by_kfac(model_fn, HEAD, **options), optax.scale(-rate))
+
+
+TRANSFORMS = {"natural_gradient": natural_gradient, "scale_by_kfac": scale_by_kfac}
+both = pytest.mark.parametrize("make", TRANSFORMS.values(), ids=TRANSFORMS)
+
+
+def loss(params, x, y):
+    return HEAD.nll(model_fn(params, x), y).mean()
+
+
+def noise_of(state):
+    return optax.tree.get(state, "noise")
+
+
+def stepper(tx):
+    def step(params, state, x, y, **keywords):
+        gradient = jax.grad(loss)(params, x, y)
+        updates, state = tx.update(gradient, state, params, batch=x, targets=y, **keywords)
+        return optax.apply_updates(params, updates), state, updates
+
+    return jax.jit(step)
+
+
+def train(tx, batch_size, steps, seed=0):
+    """The loss on all digits after every step."""
+    x, y = digits()
+
+    def step(carry, key):
+        params, state = carry
+        rows = jax.random.randint(key, (batch_size,), 0, len(x))
+        gradient = jax.grad(loss)(params, x[rows], y[rows])
+        updates, state = tx.update(gradient, state, params, batch=x[rows], targets=y[rows])
+        params = optax.apply_updates(params, updates)
+        return (params, state), loss(params, x, y)
+
+    params = start(seed)
+    keys = jax.random.split(jax.random.key(seed), steps)
+    carry, losses = jax.jit(lambda c: jax.lax.scan(step, c, keys))((params, tx.init(params)))
+    return float(loss(params, x, y)), np.asarray(losses), carry
+
+
+@both
+@pytest.mark.parametrize("batch_size", [1, 8])
+def test_small_batches_with_nothing_set_never_rise_above_the_start(make, batch_size):
+    first, losses, (_, state) = train(make(), batch_size, 1000)
+    assert noise_of(state).leads
+    assert losses[20:].max() <= first
+    assert losses[-1] < 0.6
+
+
+@both
+def test_full_batches_are_stepped_as_if_noise_were_nothing(make):
+    x, y = digits()
+    rule = {natural_gradient: fvp.LevenbergMarquardt(), scale_by_kfac: fvp.ReductionRatio()}[make]
+    runs, wide = [], jax.tree.map(lambda p: p.astype(jnp.float64), start())
+    for tx in (make(), make(damping=rule)):
+        params, state, step = wide, tx.init(wide), stepper(tx)
+        for _ in range(12):
+            params, state, _ = step(params, state, x, y)
+        runs.append((params, state))
+    (params, state), (expected, plain) = runs
+    assert not noise_of(state).leads
+    assert noise_of(plain) is None
+    jax.tree.map(
+        lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-5), params, expected
+    )
+
+
+@pytest.mark.parametrize("rate", [0.1, 1.0])
+@pytest.mark.parametrize("make", [fvp.scale_by_fisher, fvp.scale_by_kfac])
+def test_full_batches_stay_so_where_others_change_the_steps(make, rate):
+    x, y = digits()
+    others = optax.add_decayed_weights(1e-3), optax.scale(-rate)
+    tx = optax.chain(make(model_fn, HEAD), *others)
+    params, state, step = start(), tx.init(start()), stepper(tx)
+    for _ in range(30):
+        params, state, _ = step(params, state, x, y)
+        assert not noise_of(state).leads
+
+
+@both
+@pytest.mark.parametrize("rate", [1.0, 0.25])
+def test_the_step_that_shows_it_is_taken_back(make, rate):
+    x, y = digits()
+    tx = make(rate)
+    params, state, step = start(), tx.init(start()), stepper(tx)
+    path, leads = [params], []
+    for i in range(12):
+        rows = slice(3 * i, 3 * i + 3)
+        params, state, _ = step(params, state, x[rows], y[rows])
+        path.append(params)
+        leads.append(bool(noise_of(state).leads))
+    assert leads[-1]
+    turn = leads.index(True)  # the update that finds it returns to where the last one started
+    jax.tree.map(
+        lambda a, b: np.testing.assert_allclose(a, b, atol=1e-5), path[turn + 1], path[turn - 1]
+    )
+    assert jax.tree.structure(state) == jax.tree.structure(tx.init(start()))
+
+
+@both
+def test_a_batch_that_is_not_finite_changes_nothing_where_noise_leads(make):
+    x, y = digits()
+    _, _, (params, state) = train(make(), 4, 30)
+    step = stepper(make())
+    assert noise_of(state).leads
+    bad = x[:4].at[1, 2].set(jnp.nan)
+    after, kept, updates = step(params, state, bad, y[:4])
+    assert all(np.all(leaf == 0) for leaf in jax.tree.leaves(updates))
+    assert not optax.tree.get(kept, "accepted")
+    jax.tree.map(np.testing.assert_array_equal, noise_of(kept), noise_of(state))
+    jax.tree.map(np.testing.assert_array_equal, after, params)
+    _, recovered, updates = step(after, kept, x[:4], y[:4])
+    assert optax.tree.get(recovered, "accepted")
+    assert any(np.any(leaf != 0) for leaf in jax.tree.leaves(updates))
+
+
+def test_half_precision_parameters_keep_their_dtypes():
+    x, y = digits()
+    params = jax.tree.map(lambda p: p.astype(jnp.bfloat16), start())
+    tx = natural_gradient()
+    state = tx.init(params)
+    state = state._replace(noise=state.noise._replace(leads=jnp.array(True)))
+    step = stepper(tx)
+    for i in range(3):
+        new, state, updates = step(
+            params, state, x[4 * i : 4 * i + 4].astype(jnp.bfloat16), y[4 * i : 4 * i + 4]
+        )
+        assert {leaf.dtype for leaf in jax.tree.leaves((new, updates))} == {jnp.dtype(jnp.bfloat16)}
+        assert all(np.all(np.isfinite(leaf.astype(float))) for leaf in jax.tree.leaves(new))
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"damping": 0.1},
+        {"damping": fvp.LevenbergMarquardt()},
+        {"max_kl": 0.01},
+        {"line_search": "loss"},
+        {"geodesic": True},
+    ],
+    ids=str,
+)
+def test_what_is_asked_for_is_not_overridden(options):
+    assert natural_gradient(**options).init(start()).noise is None
+
+
+def test_the_loss_is_the_one_that_value_fn_gives():
+    # A sum over the batch, whose gradient the head's mean nll does not have.
+    x, y = digits()
+    total = lambda params, batch: HEAD.nll(model_fn(params, batch[0]), batch[1]).sum()
+    tx = fvp.natural_gradient(1.0, lambda p, batch: model_fn(p, batch[0]), HEAD)
+
+    def step(carry, key):
+        params, state = carry
+        rows = jax.random.randint(key, (4,), 0, len(x))
+        batch = x[rows], y[rows]
+        value, gradient = jax.value_and_grad(total)(params, batch)
+        updates, state = tx.update(
+            gradient, state, params, batch=batch, value=value, value_fn=total
+        )
+        return (optax.apply_updates(params, updates), state), None
+
+    keys = jax.random.split(jax.random.key(0), 300)
+    run = jax.jit(lambda c: jax.lax.scan(step, c, keys)[0])
+    params, state = run((start(), tx.init(start())))
+    assert state.noise.leads
+    assert loss(params, x, y) < 0.5 * loss(start(), x, y)
