@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import string
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 from jax import Array
+from jax.typing import DTypeLike
 
 from fvp.layers.products import einsum
-from fvp.numerics import cast_like, wide_dtype, widen
+from fvp.numerics import cast_like, tree_vdot, wide_dtype, widen
 from fvp.tracing.steps import Shape
 from fvp.typing import Params
 
@@ -25,12 +27,13 @@ class Moments(NamedTuple):
     """State of the preconditioner; trees like the parameters, in float32 or wider.
 
     For each axis of a leaf with two or more a basis: eigenvectors of the averaged outer products of
-    the gradient along it. Both moments are in these coordinates.
+    the gradient along it. Both moments and the direction are in these coordinates.
     """
 
     gradients: Array  # int32 scalar, their number
     first_moment: Any  # running average from 0 of the gradients
     second_moment: Any  # running average from 0 of their squares
+    turned: Any  # the direction: the first moment over the root of the second
     outer: Any  # for each leaf and axis the decaying sum (d, d) of the outer products
     bases: Any  # for each leaf and axis (d, d), the eigenvectors in columns
 
@@ -39,63 +42,66 @@ class Moments(NamedTuple):
         """Before the first gradient."""
         zeros = lambda: jax.tree.map(lambda p: jnp.zeros_like(p, wide_dtype(p.dtype)), params)
         leaves = jax.tree.leaves(params)
-        # ``optax.tree.map_params`` makes the state of parameters without leaves, where one leaf has
-        # to stand for the matrices of all.
-        square = lambda make: (
-            jnp.zeros(())
-            if not leaves
-            else tuple(
-                tuple(make(p.shape[axis], wide_dtype(p.dtype)) for axis in turned_axes(p.shape))
-                for p in leaves
-            )
-        )
+
+        def square(make: Callable[[int, DTypeLike], Array]) -> Any:
+            # ``optax.tree.map_params`` makes the state of parameters without leaves, where one leaf
+            # has to stand for the matrices of all.
+            sizes = lambda p: [p.shape[axis] for axis in turned_axes(p.shape)]
+            dtype = lambda p: wide_dtype(p.dtype)
+            found = tuple(tuple(make(size, dtype(p)) for size in sizes(p)) for p in leaves)
+            return found if leaves else jnp.zeros(())
+
         return cls(
             gradients=jnp.zeros((), jnp.int32),
             first_moment=zeros(),
             second_moment=zeros(),
+            turned=zeros(),
             outer=square(lambda size, dtype: jnp.zeros((size, size), dtype)),
             bases=square(lambda size, dtype: jnp.eye(size, dtype=dtype)),
         )
 
-    def updated(self, gradient: Params) -> Moments:
-        """With one more gradient; every ten steps with new bases."""
+    def updated(self, gradient: Params) -> tuple[Moments, Array, Array]:
+        """With one more gradient, and every ten steps with new bases.
+
+        Also the slope of the gradient along the last direction, and that of the gradient over the
+        root of the second moment.
+        """
         leaves, structure = jax.tree.flatten(gradient)
         if not leaves:
-            return self
+            return self, jnp.zeros(()), jnp.zeros(())
         leaves = [widen(leaf) for leaf in leaves]
         outer = tuple(
             tuple(_OUTER * total + _outer_product(g, axis) for total, axis in _axes(totals, g))
             for totals, g in zip(self.outer, leaves, strict=True)
         )
-        flat = (self.bases, jax.tree.leaves(self.first_moment), jax.tree.leaves(self.second_moment))
-        bases, mean, squares = jax.lax.cond(
+        trees = (self.first_moment, self.second_moment, self.turned)
+        flat = (self.bases, *map(jax.tree.leaves, trees))
+        bases, first, second, last = jax.lax.cond(
             self.gradients % _PERIOD == 0,
             lambda flat: _refreshed(outer, *flat),
             lambda flat: flat,
             flat,
         )
-        turned = [_turned(g, basis) for g, basis in zip(leaves, bases, strict=True)]
+        now = [_turned(g, basis) for g, basis in zip(leaves, bases, strict=True)]
         add = lambda old, new, memory: memory * old + (1 - memory) * new
-        mean = [add(m, g, _MEAN) for m, g in zip(mean, turned, strict=True)]
-        squares = [add(s, jnp.square(g), _SQUARES) for s, g in zip(squares, turned, strict=True)]
+        first = [add(m, g, _MEAN) for m, g in zip(first, now, strict=True)]
+        second = [add(s, jnp.square(g), _SQUARES) for s, g in zip(second, now, strict=True)]
+        weight = lambda memory: 1 - memory ** (self.gradients + 1.0)
+        roots = [_root(s / weight(_SQUARES)) for s in second]
+        ratio = lambda x, root: jnp.where(root > 0, x / jnp.where(root > 0, root, 1), 0)
+        turned = [ratio(m / weight(_MEAN), root) for m, root in zip(first, roots, strict=True)]
+        whitened = [ratio(g, root) for g, root in zip(now, roots, strict=True)]
         tree = lambda flat: jax.tree.unflatten(structure, flat)
-        return Moments(self.gradients + 1, tree(mean), tree(squares), outer, bases)
+        state = Moments(self.gradients + 1, tree(first), tree(second), tree(turned), outer, bases)
+        return state, tree_vdot(now, last), tree_vdot(whitened, last)
 
     def direction(self, like: Params) -> Params:
-        """The mean over the root of the squares, turned back; in the dtypes of ``like``."""
-        leaves, structure = jax.tree.flatten(self.first_moment)
+        """The direction in the coordinates of the parameters, and in the dtypes of ``like``."""
+        leaves, structure = jax.tree.flatten(self.turned)
         if not leaves:
             return like
-        weight = lambda memory: 1 - memory ** self.gradients.astype(jnp.float32)
-        found = []
-        for mean, square, bases in zip(
-            leaves, jax.tree.leaves(self.second_moment), self.bases, strict=True
-        ):
-            mean, square = mean / weight(_MEAN), square / weight(_SQUARES)
-            root = jnp.sqrt(jnp.maximum(square, _FLOOR * jnp.max(square, initial=0)))
-            ratio = jnp.where(root > 0, mean / jnp.where(root > 0, root, 1), 0)
-            found.append(_turned(ratio, bases, back=True))
-        return cast_like(jax.tree.unflatten(structure, found), like)
+        back = [_turned(x, basis, back=True) for x, basis in zip(leaves, self.bases, strict=True)]
+        return cast_like(jax.tree.unflatten(structure, back), like)
 
 
 def turned_axes(shape: Shape) -> tuple[int, ...]:
@@ -127,20 +133,28 @@ def _turned(x: Array, bases: tuple[Array, ...], back: bool = False) -> Array:
     return x
 
 
-def _refreshed(outer: Any, bases: Any, mean: list[Array], squares: list[Array]) -> Any:
-    """One step of subspace iteration for each basis, and the moments in the new coordinates.
+def _root(square: Array) -> Array:
+    """The root of averaged squares; those that rounding may have made count as the least."""
+    return jnp.sqrt(jnp.maximum(square, _FLOOR * jnp.max(square, initial=0)))
+
+
+def _refreshed(
+    outer: Any, bases: Any, first: list[Array], second: list[Array], turned: list[Array]
+) -> Any:
+    """One step of subspace iteration for each basis, and the rest in the new coordinates.
 
     Squares go over by the squares of the rotation: exact where coordinates are uncorrelated, and
-    with the mean never larger than their roots allow.
+    with the first moment never larger than their roots allow.
     """
-    found: tuple[list[Any], list[Array], list[Array]] = ([], [], [])
-    for totals, old, m, s in zip(outer, bases, mean, squares, strict=True):
+    found: tuple[list[Any], ...] = ([], [], [], [])
+    for totals, old, m, s, d in zip(outer, bases, first, second, turned, strict=True):
         new = tuple(_iterated(total, basis) for total, basis in zip(totals, old, strict=True))
         turns = tuple(einsum("ij,ik->jk", a, b) for a, b in zip(old, new, strict=True))
-        found[0].append(new)
-        found[1].append(_turned(m, turns))
-        found[2].append(_turned(s, tuple(jnp.square(turn) for turn in turns)))
-    return tuple(found[0]), found[1], found[2]
+        squares = tuple(jnp.square(turn) for turn in turns)
+        moved = (new, _turned(m, turns), _turned(s, squares), _turned(d, turns))
+        for kept, value in zip(found, moved, strict=True):
+            kept.append(value)
+    return tuple(found[0]), *found[1:]
 
 
 def _iterated(total: Array, basis: Array) -> Array:

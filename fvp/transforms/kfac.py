@@ -60,7 +60,8 @@ def scale_by_kfac(
       damping: multiple of the identity added to the factored and to the exact Fisher: a number or
         an optax schedule, with which no step is tried, or a :class:`fvp.DampingRule`. None is
         ``fvp.ReductionRatio(initial_damping)``, which adapts it by the reduction of the loss on the
-        batch, compared with that of the quadratic model (Levenberg-Marquardt).
+        batch, compared with that of the quadratic model (Levenberg-Marquardt), until the noise of
+        the batches leads, as in :func:`fvp.scale_by_fisher`.
       initial_damping: where that adaptation starts.
       curvature: the exact curvature that chooses the length; as in :func:`fvp.scale_by_fisher`.
       example_batch: a batch, or a tree of ``jax.ShapeDtypeStruct`` like one, from which ``init``

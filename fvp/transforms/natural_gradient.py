@@ -70,14 +70,26 @@ def scale_by_fisher(
     the mean nll, at a backward pass: ``gradient_mismatch`` in the state says whether they differed
     by more than a tenth at the last rejected step, and stays False where no step is tried.
 
+    **Noise.** With nothing set (``damping``, ``max_kl``, ``line_search``, ``geodesic``) and the
+    loss known, what a step claims is held against the next batch: noise leads as soon as, over the
+    last ten steps, the loss of fresh batches has fallen by less than half of what steps achieved
+    on their own. The last step is then taken back, and from there on no batch is solved for: the
+    direction is the averaged gradient over the root of its averaged squares, in the eigenbases of
+    its averaged outer products along each axis of a parameter, and its length is learned from the
+    slope of the next batch along it. A learning rate multiplies that length, which makes up for
+    all changes of the rate that are slower than some twenty steps. ``state.noise.leads`` says
+    whether noise leads; full batches never get there. ``damping=fvp.LevenbergMarquardt()`` goes on
+    solving whatever the batches are.
+
     Args:
       model_fn: pure function ``model_fn(params, batch) -> z``.
       head: output distribution, such as ``fvp.Softmax()``.
       damping: multiple of the identity added to the curvature, a number or an optax schedule, with
         which no step is tried and nothing adapts: too small a number can diverge; or a
         :class:`fvp.DampingRule` such as :class:`fvp.LevenbergMarquardt`, which adapts it and
-        rejects bad steps. None, the default, takes the latter, but 0 with an exact solver and
-        ``line_search="loss"``, where the search alone controls the step.
+        rejects bad steps. None, the default, takes the latter until the noise of the batches
+        leads (see below), but 0 with an exact solver and ``line_search="loss"``, where the search
+        alone controls the step.
       curvature: "fisher", "ggn" or "empirical", or a subclass of :class:`fvp.OutputCurvature`.
       solver: "cg"; "dual", an exact solve in the space of examples x outputs
         (:func:`fvp.solve_dual`; pass ``targets=`` to keep its digits at tiny damping); "dense", an
@@ -195,8 +207,9 @@ def natural_gradient(
       damping: multiple of the identity added to the curvature, a number or an optax schedule, with
         which no step is tried and nothing adapts: too small a number can diverge; or a
         :class:`fvp.DampingRule` such as :class:`fvp.LevenbergMarquardt`, which adapts it and
-        rejects bad steps. None, the default, takes the latter, but 0 with an exact solver and
-        ``line_search="loss"``, where the search alone controls the step.
+        rejects bad steps. None, the default, takes the latter until the noise of the batches
+        leads (see below), but 0 with an exact solver and ``line_search="loss"``, where the search
+        alone controls the step.
       curvature: "fisher", "ggn" or "empirical", or a subclass of :class:`fvp.OutputCurvature`.
       solver: "cg"; "dual", an exact solve in the space of examples x outputs
         (:func:`fvp.solve_dual`; pass ``targets=`` to keep its digits at tiny damping); "dense", an

@@ -115,13 +115,14 @@ def led_by_noise(
 def noise_step(
     options: Options, gradient: Params, state: NaturalGradientState, objective: Objective
 ) -> tuple[Params, NaturalGradientState]:
-    """One step where noise leads; ``state.direction`` is the last one of them."""
+    """One step where noise leads."""
     noise: NoiseState = state.noise
     gradient = objective.gradient_with_penalty(gradient)
-    moments = auto_sharded(lambda m, g: m.updated(g), noise.moments, gradient)
+    updated = auto_sharded(lambda m, g: m.updated(g), noise.moments, gradient)
+    moments, *slopes = updated
     make = lambda m, like: m.direction(like)
     direction = auto_sharded(make, moments, state.direction, like=state.direction)
-    learned = noise.learned.learned(tree_vdot(gradient, state.direction))
+    learned = noise.learned.learned(*slopes)
     first = lambda: _first_length(objective, gradient, direction)
     length = jax.lax.cond(learned.length == 0, first, lambda: learned.length)
     rate = (options.rate(state.count) * length).astype(jnp.float32)
