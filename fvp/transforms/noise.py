@@ -18,16 +18,15 @@ from fvp.control.claims import Claims
 from fvp.control.learned_length import LearnedLength
 from fvp.control.record import Outcome, Step
 from fvp.mesh import auto_sharded
-from fvp.numerics import cast_like, tree_is_finite, tree_vdot, tree_where, tree_zeros_like
+from fvp.numerics import tree_is_finite, tree_vdot, tree_where, tree_zeros_like
 from fvp.preconditioners.moments import Moments
 from fvp.transforms.objective import Objective
 from fvp.transforms.options import Options
 from fvp.transforms.state import NaturalGradientState
 from fvp.typing import Params
 
-# First length over that of the quadratic model's minimum, and where it has none;
-# docs/decisions/steps.md
-_CAUTION, _BLIND = 0.01, 2.0**-10
+# First decrease of the loss over the claims before it; docs/decisions/steps.md
+_CAUTION = 0.01
 
 
 class NoiseState(NamedTuple):
@@ -123,8 +122,8 @@ def noise_step(
     make = lambda m, like: m.direction(like)
     direction = auto_sharded(make, moments, state.direction, like=state.direction)
     learned = noise.learned.learned(*slopes)
-    first = lambda: _first_length(objective, gradient, direction)
-    length = jax.lax.cond(learned.length == 0, first, lambda: learned.length)
+    first = _first_length(noise.claims, tree_vdot(gradient, direction))
+    length = jnp.where(learned.length == 0, first, learned.length)
     rate = (options.rate(state.count) * length).astype(jnp.float32)
     step = jax.tree.map(lambda d: (rate * d).astype(d.dtype), direction)
     update = jax.tree.map(lambda d, g: (options.sign * d).astype(g.dtype), step, gradient)
@@ -140,12 +139,7 @@ def noise_step(
     return update, state._replace(count=optax.safe_increment(state.count), accepted=sound)
 
 
-def _first_length(objective: Objective, gradient: Params, direction: Params) -> Array:
-    """A hundredth of the way to the minimum of this batch's quadratic model along the direction."""
-    slope = tree_vdot(gradient, direction)
-    curvature = objective.operator.quadratic_form(cast_like(direction, objective.params))
-    if objective.l2 is not None:
-        curvature += objective.l2 * tree_vdot(direction, direction)
-    length = slope / jnp.where(curvature > 0, curvature, 1)
-    usable = (curvature > 0) & (length > 0) & jnp.isfinite(length)
-    return jnp.where(usable, _CAUTION * length, _BLIND).astype(jnp.float32)
+def _first_length(claims: Claims, slope: Array) -> Array:
+    """Where the loss would fall by a little of what was claimed while batches were solved for."""
+    scale = jnp.where(claims.claimed > 0, claims.claimed, claims.refuted)
+    return (_CAUTION * scale / jnp.where(slope > 0, slope, 1)).astype(jnp.float32)

@@ -51,16 +51,17 @@ def build_transform(options: Options) -> optax.GradientTransformationExtraArgs:
     def step(
         gradient: Params, state: NaturalGradientState, params: Params, operator: Any, data: Data
     ) -> tuple[Params, NaturalGradientState]:
+        # Outside of the branches: there XLA shares the forward pass with the caller's gradient.
+        objective = objective_at(options, params, operator, data)
+
         def solved() -> tuple[Params, NaturalGradientState]:
-            objective = objective_at(options, params, operator, data)
             found = take_step(options, gradient, state, objective)
             return found if state.noise is None else led_by_noise(options, state, *found)
 
-        def led() -> tuple[Params, NaturalGradientState]:
-            objective = objective_at(options, params, operator, data)
-            return noise_step(options, gradient, state, objective)
-
-        return solved() if state.noise is None else jax.lax.cond(state.noise.leads, led, solved)
+        if state.noise is None:
+            return solved()
+        led = lambda: noise_step(options, gradient, state, objective)
+        return jax.lax.cond(state.noise.leads, led, solved)
 
     def update(
         updates: Params,
