@@ -161,7 +161,7 @@ def reference(gs, count):
         if i % 10 == 0:
             new = []
             for side, basis in zip(sides, bases, strict=True):
-                product = side @ basis / np.trace(side) + np.finfo(float).eps * basis
+                product = side @ basis / np.trace(side) + 2.0**-16 * basis
                 new.append(np.linalg.qr(product)[0])
             turns = [old.T @ now for old, now in zip(bases, new, strict=True)]
             mean = turns[0].T @ mean @ turns[1]
@@ -170,7 +170,7 @@ def reference(gs, count):
         turned = bases[0].T @ g @ bases[1]
         mean, square = 0.9 * mean + 0.1 * turned, 0.95 * square + 0.05 * turned**2
     mean, square = mean / (1 - 0.9**count), square / (1 - 0.95**count)
-    square = np.maximum(square, 2.0**-40 * square.max())
+    square = np.maximum(square, 2.0**-32 * square.max())
     return bases[0] @ (mean / np.sqrt(square)) @ bases[1].T
 
 

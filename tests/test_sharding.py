@@ -6,11 +6,13 @@ import jax
 import jax.numpy as jnp
 import pytest
 from collectives import collectives, loop_state_shapes, total_bytes
+from dense import relative_error
 from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 from sharded_problem import (
     CURVATURES,
     DEVICES,
+    HEAD,
     PARAMS,
     VECTOR,
     assert_unchanged,
@@ -23,6 +25,8 @@ from sharded_problem import (
     training_step,
     transform,
 )
+
+import fvp
 
 pytestmark = needs_eight_devices
 COMPILE_QUICKLY = True
@@ -140,6 +144,40 @@ def test_training_step_equals_unsharded_and_keeps_the_shardings(layout, axis_typ
             if count == 0:
                 assert_unchanged({"step": params})
     assert len(traces) == 1
+
+
+@functools.cache
+def unsharded_steps_under_noise():
+    """Parameters after two steps where noise leads, on one device."""
+    return steps_under_noise(plain_model, PARAMS, examples(padded=False))[0]
+
+
+def steps_under_noise(model_fn, params, batch):
+    # In float64: the direction divides by what may be rounding.
+    wide = lambda x: x.astype(jnp.float64) if jnp.issubdtype(x.dtype, jnp.floating) else x
+    params, batch = jax.tree.map(wide, (params, batch))
+    tx = fvp.natural_gradient(1.0, model_fn, HEAD)
+    state = tx.init(params)
+    noise = state.noise._replace(leads=jnp.ones_like(state.noise.leads))
+    claims = noise.claims._replace(claimed=jnp.ones_like(noise.claims.claimed))
+    state = state._replace(noise=noise._replace(claims=claims))
+    types = jax.tree.map(jax.typeof, state)
+    step = jax.jit(functools.partial(training_step, model_fn, tx))
+    for _ in range(2):
+        params, state = step(params, state, *batch)
+        assert jax.tree.map(jax.typeof, state) == types
+    return params, state
+
+
+@pytest.mark.parametrize(("layout", "axis_type"), [("FSDP", EXPLICIT), ("DPxTP", AUTO)])
+def test_steps_under_noise_equal_unsharded_and_keep_the_shardings(layout, axis_type):
+    at = placed(layout, axis_type)
+    with jax.set_mesh(at.mesh):
+        params, state = steps_under_noise(at.model_fn, at.params, at.batch)
+        assert at.holds(shardings(params))
+        assert at.holds(shardings(state.noise.moments.second_moment))
+    expected = unsharded_steps_under_noise()
+    assert max(relative_error(params[name], expected[name]) for name in params) < 1e-8
 
 
 @every_axis_type

@@ -20,7 +20,8 @@ from fvp.typing import Params
 _MEAN, _SQUARES, _OUTER = 0.9, 0.95, 0.95  # memories of the averages
 _PERIOD = 10  # steps between two refreshments of the bases
 _LARGEST = 1024  # axes that are longer keep their own coordinates
-_FLOOR = 2.0**-40  # least square over the largest of its leaf
+_FLOOR = 2.0**-32  # least square over the largest of its leaf
+_KEPT = 2.0**-16  # of the trace: where outer products are smaller, the basis stays as it is
 
 
 class Moments(NamedTuple):
@@ -158,9 +159,12 @@ def _refreshed(
 
 
 def _iterated(total: Array, basis: Array) -> Array:
-    """The orthonormal factor of (total + a little) basis."""
+    """The orthonormal factor of (total + a little) basis.
+
+    Without that little, rounding would choose the basis where there has been no gradient.
+    """
     trace = jnp.trace(total)
     usable = jnp.isfinite(trace) & (trace > 0)
     scaled = total / jnp.where(usable, trace, 1)
-    product = einsum("ij,jk->ik", scaled, basis) + jnp.finfo(total.dtype).eps * basis
+    product = einsum("ij,jk->ik", scaled, basis) + _KEPT * basis
     return jnp.where(usable, jnp.linalg.qr(product)[0], basis)

@@ -117,8 +117,10 @@ def noise_step(
     """One step where noise leads."""
     noise: NoiseState = state.noise
     gradient = objective.gradient_with_penalty(gradient)
-    updated = auto_sharded(lambda m, g: m.updated(g), noise.moments, gradient)
-    moments, *slopes = updated
+    scalar = jnp.zeros(())
+    moments, *slopes = auto_sharded(
+        lambda m, g: m.updated(g), noise.moments, gradient, like=(noise.moments, scalar, scalar)
+    )
     make = lambda m, like: m.direction(like)
     direction = auto_sharded(make, moments, state.direction, like=state.direction)
     learned = noise.learned.learned(*slopes)
