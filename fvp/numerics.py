@@ -10,6 +10,7 @@ import jax.numpy as jnp
 from jax import Array
 from jax.typing import ArrayLike, DTypeLike
 
+from fvp.compatibility import SUMS_SLOWLY
 from fvp.typing import PyTree
 
 
@@ -40,6 +41,15 @@ def power_of_two(x: Array) -> Array:
     return jnp.ldexp(jnp.ones((), x.dtype), exponent - 1)
 
 
+def computed_once(x: PyTree) -> Any:
+    """Scalars ``x``, for use by every leaf of a tree.
+
+    XLA would compute each anew in the loop of every leaf that reads it, with the sum over all
+    leaves that it often is: programs grow with the square of their number, and compile as slowly.
+    """
+    return jax.lax.optimization_barrier(x)
+
+
 def tree_vdot(a: PyTree, b: PyTree) -> Array:
     """Inner product of two trees, accumulated in float32 or wider.
 
@@ -47,14 +57,13 @@ def tree_vdot(a: PyTree, b: PyTree) -> Array:
     mesh refuses, and it accumulates bfloat16 in bfloat16.
     """
     products = jax.tree.map(lambda x, y: _inner(widen(x), widen(y)), a, b)
-    return sum(jax.tree.leaves(products), jnp.zeros((), jnp.float32))
+    return computed_once(sum(jax.tree.leaves(products), jnp.zeros((), jnp.float32)))
 
 
 def sum_entries(x: Array) -> Array:
-    """The sum of all entries; on CPU, where it can, by products with ones.
+    """The sum of all entries; where XLA sums slowly and it can, by products with ones.
 
-    XLA sums one entry at a time on CPU (1.2 ns each, measured), since reordering would change the
-    result; its products run in vector registers, four times as fast.
+    Those run in vector registers, four times as fast as a sum in the order of the entries.
     """
     while not _fits_one_kernel(x) and _has_long_rows(x):
         x = _contract(x, jnp.ones(x.shape[-1:], x.dtype), (x.ndim - 1,))
@@ -76,16 +85,16 @@ def _contract(x: Array, y: Array, axes: tuple[int, ...]) -> Array:
 def _fits_one_kernel(x: Array) -> bool:
     """Whether XLA makes an inner product on CPU one kernel, and one of vector instructions."""
     small = x.size * x.dtype.itemsize < 2**14
-    return _on_cpu() and small and all(_is_whole(x, axis) for axis in range(x.ndim))
+    return _sums_slowly() and small and all(_is_whole(x, axis) for axis in range(x.ndim))
 
 
 def _has_long_rows(x: Array) -> bool:
     """Whether matrix-vector products are what XLA does best with them."""
-    return _on_cpu() and x.ndim >= 2 and x.shape[-1] >= 32 and _is_whole(x, x.ndim - 1)
+    return _sums_slowly() and x.ndim >= 2 and x.shape[-1] >= 32 and _is_whole(x, x.ndim - 1)
 
 
-def _on_cpu() -> bool:
-    return jax.default_backend() == "cpu"
+def _sums_slowly() -> bool:
+    return SUMS_SLOWLY and jax.default_backend() == "cpu"
 
 
 def _is_whole(x: Array, axis: int) -> bool:
@@ -94,14 +103,21 @@ def _is_whole(x: Array, axis: int) -> bool:
     return not spec or len(spec) <= axis or spec[axis] is None
 
 
+def tree_scale(scale: ArrayLike, x: PyTree) -> PyTree:
+    """``scale * x``, leaf by leaf, in the dtypes of ``x``."""
+    scale = computed_once(jnp.asarray(scale))
+    return jax.tree.map(lambda leaf: (scale * leaf).astype(leaf.dtype), x)
+
+
 def tree_axpy(scale: ArrayLike, x: PyTree, y: PyTree) -> PyTree:
     """``scale * x + y``, leaf by leaf, in the dtypes of ``y``."""
-    scale = jnp.asarray(scale)
+    scale = computed_once(jnp.asarray(scale))
     return jax.tree.map(lambda a, b: (scale.astype(a.dtype) * a + b).astype(b.dtype), x, y)
 
 
 def tree_where(condition: Array, a: PyTree, b: PyTree) -> PyTree:
     """``a`` where ``condition`` (a scalar) holds, else ``b``."""
+    condition = computed_once(condition)
     return jax.tree.map(lambda x, y: jnp.where(condition, x, y), a, b)
 
 
@@ -128,25 +144,34 @@ def scan_sum(function: Callable[[Any], Any], xs: PyTree) -> PyTree:
 
 def tree_norm(tree: PyTree) -> Array:
     """Euclidean norm, also where the squares would leave the range of floats."""
-    squares = tree_vdot(tree, tree)
-    info = jnp.finfo(squares.dtype)
-    exact = (squares > info.tiny / info.eps) & (squares < info.max)
-    return jax.lax.cond(exact, lambda: jnp.sqrt(squares), lambda: _scaled_norm(tree, info.dtype))
+    leaves = [widen(leaf) for leaf in jax.tree.leaves(tree)]
+    info = jnp.finfo(jnp.result_type(jnp.float32, *leaves))
+    # Squares of the largest and of the least numbers are in range once these are scaled by it.
+    far = 2.0 ** (0.75 * info.maxexp)
+
+    def unfinished(last: tuple[Array, Array, Array]) -> Array:
+        number, _, squares = last
+        in_range = (squares > info.tiny / info.eps) & (squares < info.max)
+        return (number == 0) | ((number == 1) & ~in_range)
+
+    def another(last: tuple[Array, Array, Array]) -> tuple[Array, Array, Array]:
+        number, scale, squares = last
+        rescaled = jnp.where(squares < 1, far, 1 / far).astype(info.dtype)
+        scale = jnp.where(number == 0, scale, rescaled)
+        scaled = [leaf * scale for leaf in leaves]
+        return number + 1, scale, tree_vdot(scaled, scaled).astype(info.dtype)
+
+    # A loop and not a choice between two norms: the inner product is compiled once.
+    one = jnp.ones((), info.dtype)
+    first = jnp.zeros((), jnp.int32), one, one
+    _, scale, squares = jax.lax.while_loop(unfinished, another, first)
+    return jnp.sqrt(squares) / scale
 
 
-def _scaled_norm(tree: PyTree, dtype: DTypeLike) -> Array:
-    """Euclidean norm of a tree divided by its largest entry first."""
-    peaks = [jnp.max(jnp.abs(widen(leaf)), initial=0) for leaf in jax.tree.leaves(tree)]
-    peak = jnp.max(jnp.stack([jnp.asarray(peak, dtype) for peak in [0, *peaks]]))
-    safe = jnp.where((peak > 0) & jnp.isfinite(peak), peak, 1)
-    scaled = jax.tree.map(lambda x: widen(x) / safe, tree)
-    return safe * jnp.sqrt(tree_vdot(scaled, scaled))
-
-
-def unit(tree: PyTree) -> PyTree:
-    """``tree`` divided by its norm; zeros stay zeros."""
-    norm = tree_norm(tree)
-    norm = jnp.where(norm > 0, norm, 1)
+def unit(tree: PyTree, norm: Array | None = None) -> PyTree:
+    """``tree`` divided by its ``norm``; zeros stay zeros."""
+    norm = tree_norm(tree) if norm is None else norm
+    norm = computed_once(jnp.where(norm > 0, norm, 1))
     return jax.tree.map(lambda x: (widen(x) / norm).astype(x.dtype), tree)
 
 
@@ -171,7 +196,5 @@ def as_finite(x: Array) -> Array:
 
 def tree_is_finite(tree: PyTree) -> Array:
     """Whether every entry is finite."""
-    finite = jnp.array(True)
-    for leaf in jax.tree.leaves(tree):
-        finite &= jnp.isfinite(sum_entries(0 * leaf))  # zeros, or NaN
-    return finite
+    sums = [sum_entries(0 * leaf) for leaf in jax.tree.leaves(tree)]  # zeros, or NaN
+    return computed_once(jnp.isfinite(sum(sums, jnp.zeros((), jnp.float32))))

@@ -12,7 +12,7 @@ from jax.core import Tracer
 
 from fvp.control.record import Outcome, Step
 from fvp.control.rule import DampingRule, Observation
-from fvp.numerics import sum_entries, tree_vdot
+from fvp.numerics import computed_once, sum_entries, tree_vdot
 
 # Where these numbers come from: docs/decisions/steps.md
 # Errors of the quadratic model over 1/2 s^T (A + damping) s. The classical thresholds on the
@@ -216,5 +216,5 @@ def _over_mean(tree: Any) -> Any:
     leaves = jax.tree.leaves(tree)
     total = sum((sum_entries(leaf) for leaf in leaves), jnp.zeros((), jnp.float32))
     mean = total / max(1, sum(leaf.size for leaf in leaves))
-    usable = (mean > 0) & jnp.isfinite(mean)
+    usable, mean = computed_once(((mean > 0) & jnp.isfinite(mean), mean))
     return jax.tree.map(lambda s: jnp.where(usable, s / jnp.where(usable, mean, 1), 1), tree)

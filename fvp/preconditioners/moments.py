@@ -148,12 +148,13 @@ def _refreshed(
     with the first moment never larger than their roots allow.
     """
     found: tuple[list[Any], ...] = ([], [], [], [])
-    for totals, old, m, s, d in zip(outer, bases, first, second, turned, strict=True):
+    for totals, old, *moments in zip(outer, bases, first, second, turned, strict=True):
         new = tuple(_iterated(total, basis) for total, basis in zip(totals, old, strict=True))
-        turns = tuple(einsum("ij,ik->jk", a, b) for a, b in zip(old, new, strict=True))
-        squares = tuple(jnp.square(turn) for turn in turns)
-        moved = (new, _turned(m, turns), _turned(s, squares), _turned(d, turns))
-        for kept, value in zip(found, moved, strict=True):
+        if new:
+            turns = [einsum("ij,ik->jk", a, b) for a, b in zip(old, new, strict=True)]
+            turns = tuple(jnp.stack([turn, jnp.square(turn), turn]) for turn in turns)
+            moments = jax.vmap(_turned)(jnp.stack(moments), turns)
+        for kept, value in zip(found, (new, *moments), strict=True):
             kept.append(value)
     return tuple(found[0]), *found[1:]
 
@@ -164,7 +165,5 @@ def _iterated(total: Array, basis: Array) -> Array:
     Without that little, rounding would choose the basis where there has been no gradient.
     """
     trace = jnp.trace(total)
-    usable = jnp.isfinite(trace) & (trace > 0)
-    scaled = total / jnp.where(usable, trace, 1)
-    product = einsum("ij,jk->ik", scaled, basis) + _KEPT * basis
-    return jnp.where(usable, jnp.linalg.qr(product)[0], basis)
+    little = jnp.where(trace > 0, _KEPT * trace, 1)
+    return jnp.linalg.qr(einsum("ij,jk->ik", total, basis) + little * basis)[0]

@@ -15,10 +15,12 @@ from fvp.checks import check_like
 from fvp.compilation import compiled_when_eager
 from fvp.numerics import (
     cast_like,
+    computed_once,
     power_of_two,
     tree_axpy,
     tree_is_finite,
     tree_norm,
+    tree_scale,
     tree_vdot,
     tree_where,
     tree_zeros_like,
@@ -264,8 +266,7 @@ class _Iteration:
         yr = self._dot(y, last.residual)
         damping_term = jnp.asarray(self.system.damping) * self._dot(y, y)
         yr = jnp.where(jnp.isfinite(yr), yr, 0)  # a residual that overflowed ended the solve
-        x = jax.tree.map(lambda leaf: (leaf * self.scale).astype(leaf.dtype), last.x)
-        x = cast_like(x, self.rhs)
+        x = cast_like(tree_scale(self.scale, last.x), self.rhs)
         representable = tree_is_finite(x)
         info = CGInfo(
             iterations=last.iteration,
@@ -386,4 +387,5 @@ def _times_root(v: Params, diagonal: PyTree, sign: int) -> Params:
 
 
 def _divided(tree: Params, scale: Array) -> Params:
+    scale = computed_once(scale)
     return jax.tree.map(lambda leaf: (leaf / scale).astype(leaf.dtype), tree)

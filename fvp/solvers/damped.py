@@ -18,7 +18,15 @@ from jax import Array
 from jax.typing import ArrayLike
 
 from fvp.curvature import CurvatureOperator, Problem
-from fvp.numerics import tree_axpy, tree_is_finite, tree_vdot, wide_dtype, widen, widen_tree
+from fvp.numerics import (
+    computed_once,
+    tree_axpy,
+    tree_is_finite,
+    tree_vdot,
+    wide_dtype,
+    widen,
+    widen_tree,
+)
 from fvp.records import Record
 from fvp.solvers.cg_iteration import CGInfo
 from fvp.typing import Batch, Params, PyTree
@@ -42,7 +50,7 @@ class DampedCurvature(Record):
 
     def damp(self, v: Params) -> Params:
         """Damping D v, in float32 or wider."""
-        damping = jnp.asarray(self.damping)
+        damping = computed_once(jnp.asarray(self.damping))
         scaled = jax.tree.map(lambda x: damping.astype(wide_dtype(x.dtype)) * widen(x), v)
         if self.diagonal is None:
             return scaled

@@ -16,7 +16,7 @@ from fvp.curvature import FisherCurvature, Problem, SampledCurvature
 from fvp.layers import KFAC, KFACInverse
 from fvp.layers.kfac import check_weight_sharing, kfac_of
 from fvp.layers.kronecker import check_damping_rule
-from fvp.numerics import cast_like, tree_is_finite, tree_where, zeros_of
+from fvp.numerics import cast_like, computed_once, tree_is_finite, tree_where, zeros_of
 from fvp.solvers.cg_iteration import CGInfo
 from fvp.solvers.damped import DampedCurvature, DampedSolver, DampedSystem, Moment, Setting
 from fvp.tracing.coverage import check_fallback
@@ -152,7 +152,7 @@ class KFACSolver(DampedSolver):
 
     def _inverted(self, factors: KFAC, weight: Array, damping: Array, last: KFACInverse) -> Any:
         """The inverse of the averages; the last one where it is not finite."""
-        total = jnp.where(weight > 0, weight, 1)
+        total = computed_once(jnp.where(weight > 0, weight, 1))
         mean = jax.tree.map(lambda x: x / total.astype(x.dtype), factors)
         inverse = mean.inverse(damping, rule=self.rule, mesh=self.mesh)
         return tree_where(tree_is_finite(inverse), inverse, last)

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 from jax import Array
 
 from fvp.control.momentum import best_of_plane, spring_rhs
-from fvp.numerics import tree_is_finite, tree_vdot
+from fvp.numerics import computed_once, tree_is_finite, tree_scale, tree_vdot
 from fvp.solvers import CGInfo, DampedSystem
 from fvp.transforms.geodesic import geodesic_correction
 from fvp.transforms.options import Options
@@ -27,8 +27,8 @@ class Path(NamedTuple):
     def step(self, length: Any) -> Params:
         """The step of one length, in the dtypes of the direction."""
         if self.correction is None:
-            return jax.tree.map(lambda d: (length * d).astype(d.dtype), self.direction)
-        bend = 0.5 * jnp.square(length)
+            return tree_scale(length, self.direction)
+        length, bend = computed_once((length, 0.5 * jnp.square(length)))
         add = lambda d, c: (length * d + bend * c).astype(d.dtype)
         return jax.tree.map(add, self.direction, self.correction)
 
@@ -53,11 +53,11 @@ def find_direction(
     a direction only, and under ``momentum="quadratic"``, the exact curvature chooses the length.
     """
     damped, rhs, start = system.damped, gradient, None
-    scaled = lambda a: jax.tree.map(lambda d: (a * d).astype(d.dtype), previous)
     if momentum is not None:
-        rhs, start = spring_rhs(gradient, damped.damp(previous), momentum), scaled(momentum)
+        rhs = spring_rhs(gradient, damped.damp(previous), momentum)
+        start = tree_scale(momentum, previous)
     elif options.solver.warm_start:
-        start = scaled(WARM_START_DECAY)
+        start = tree_scale(WARM_START_DECAY, previous)
     solution, info = system.solve(rhs, start)
     descent = jnp.isfinite(info.residual_norm) & (info.model_value < 0)
     curvature, damping_term = info.curvature, info.damping_term

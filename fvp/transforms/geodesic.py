@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import jax
-import jax.numpy as jnp
 
-from fvp.numerics import cast_like, tree_is_finite, tree_norm
+from fvp.numerics import cast_like, tree_is_finite, tree_norm, tree_where, tree_zeros_like
 from fvp.solvers import DampedSystem
 from fvp.typing import Params
 
@@ -34,4 +33,4 @@ def geodesic_correction(system: DampedSystem, direction: Params, *, searched: bo
     usable = tree_is_finite(correction)
     if not searched:
         usable &= tree_norm(correction) <= _LONGEST * tree_norm(direction)
-    return jax.tree.map(lambda c, d: jnp.where(usable, c, 0).astype(d.dtype), correction, direction)
+    return cast_like(tree_where(usable, correction, tree_zeros_like(correction)), direction)

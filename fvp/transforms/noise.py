@@ -18,7 +18,7 @@ from fvp.control.claims import Claims
 from fvp.control.learned_length import LearnedLength
 from fvp.control.record import Outcome, Step
 from fvp.mesh import auto_sharded
-from fvp.numerics import tree_is_finite, tree_vdot, tree_where, tree_zeros_like
+from fvp.numerics import computed_once, tree_vdot, tree_zeros_like
 from fvp.preconditioners.moments import Moments
 from fvp.transforms.objective import Objective
 from fvp.transforms.options import Options
@@ -30,48 +30,66 @@ _CAUTION = 0.01
 
 
 class NoiseState(NamedTuple):
-    """What the noise of the batches is known by, and what its steps need."""
+    """What the noise of the batches is known by, and what its steps need; float32 scalars."""
 
-    leads: Array  # bool scalar; once it does it stays so
+    leads: Array  # bool; once it does it stays so
     claims: Claims
-    taken: Array  # float32 scalar, length of the last step along the direction, while it does not
-    aligned: Array  # float32 scalar, parameters . last step, before it
+    taken: Array  # length of the last step along the direction, while it does not
+    aligned: Array  # parameters . last step, before it
+    square: Array  # last step . last step
     learned: LearnedLength
     moments: Moments
 
     @classmethod
     def of(cls, params: Params) -> NoiseState:
         """Before the first step."""
+        zero = lambda: jnp.zeros((), jnp.float32)
         return cls(
             leads=jnp.zeros((), jnp.bool_),
             claims=Claims.none(),
-            taken=jnp.zeros((), jnp.float32),
-            aligned=jnp.zeros((), jnp.float32),
+            taken=zero(),
+            aligned=zero(),
+            square=zero(),
             learned=LearnedLength.unknown(),
             moments=Moments.of(params),
         )
 
 
-def with_claim(
-    state: NaturalGradientState, objective: Objective, record: Step, outcome: Outcome, step: Params
-) -> NoiseState:
-    """With this batch's view of the last step, and the claim of a new one.
+def seen_by(objective: Objective, state: NaturalGradientState) -> tuple[NoiseState, Objective]:
+    """With this batch's view of the last step; and the objective that knows its loss.
 
-    ``state`` is that before the ``step``, which is to be subtracted, and zeros if it was rejected.
+    Where noise leads already there is nothing to find out, and no loss is asked for.
     """
     noise: NoiseState = state.noise
     if not objective.data.has_loss:
-        return noise
-    before, params = objective.loss_before(), objective.params
+        return noise, objective
     precision = float(jnp.finfo(objective.output_dtype).eps)
-    claims = noise.claims.held_against(before, _part_taken(state, params), precision)
-    moved = tree_vdot(step, step) > 0
-    if_moved = lambda x: jnp.where(moved, x, 0)
+    dtype = jax.eval_shape(objective.loss_before).dtype
+
+    def look() -> tuple[Array, Claims, Array]:
+        before, part = objective.loss_before(), _part_taken(state, objective.params)
+        claims = noise.claims.held_against(before, part, precision)
+        return claims.noise_leads, claims, before
+
+    known = lambda: (noise.leads, noise.claims, jnp.full((), jnp.nan, dtype))
+    leads, claims, before = jax.lax.cond(noise.leads, known, look)
+    return noise._replace(leads=leads, claims=claims), objective.knowing(before)
+
+
+def with_claim(
+    noise: NoiseState, objective: Objective, record: Step, outcome: Outcome, step: Params
+) -> NoiseState:
+    """With the claim of a ``step``, which is to be subtracted, and zeros if it was rejected."""
+    if not objective.data.has_loss:
+        return noise
+    square = tree_vdot(step, step).astype(jnp.float32)
+    if_moved = lambda x: jnp.where(square > 0, x, 0)
     slope, reduction = record.length * record.slope, record.reduction - outcome.error
     return noise._replace(
-        claims=claims.after(before, if_moved(slope), if_moved(reduction)),
+        claims=noise.claims.after(objective.loss_before(), if_moved(slope), if_moved(reduction)),
         taken=if_moved(record.length).astype(jnp.float32),
-        aligned=tree_vdot(params, step).astype(jnp.float32),
+        aligned=tree_vdot(objective.params, step).astype(jnp.float32),
+        square=square,
     )
 
 
@@ -81,67 +99,67 @@ def _part_taken(state: NaturalGradientState, params: Params) -> Array:
     1 where rounding hides it.
     """
     noise: NoiseState = state.noise
-    square = noise.taken**2 * tree_vdot(state.direction, state.direction)
-    safe = jnp.where(square > 0, square, 1)
+    safe = jnp.where(noise.square > 0, noise.square, 1)
     part = (noise.aligned - noise.taken * tree_vdot(params, state.direction)) / safe
     eps = max((float(jnp.finfo(x.dtype).eps) for x in jax.tree.leaves(params)), default=0)
-    unsure = 0.01 + 16 * eps * jnp.sqrt(tree_vdot(params, params) / safe)
-    whole = (square == 0) | ~(jnp.abs(part - 1) > unsure)
+    unsure = 0.01 + 16 * eps * jnp.abs(noise.aligned) / safe
+    whole = (noise.square == 0) | ~(jnp.abs(part - 1) > unsure)
     return jnp.where(whole, 1, jnp.clip(part, 0, 2)).astype(jnp.float32)
-
-
-def led_by_noise(
-    options: Options,
-    last: NaturalGradientState,
-    update: Params,
-    state: NaturalGradientState,
-) -> tuple[Params, NaturalGradientState]:
-    """The step that was found; or, from where noise leads, the ``last`` one taken back."""
-    noise: NoiseState = state.noise
-    leads = noise.claims.noise_leads
-    length = -options.sign * last.noise.taken
-    back = jax.tree.map(lambda u, d: (length * d).astype(u.dtype), update, last.direction)
-    turned = last._replace(
-        count=state.count,
-        direction=tree_zeros_like(last.direction),
-        accepted=jnp.zeros((), jnp.bool_),
-        predicted_kl=jnp.zeros((), jnp.float32),
-        noise=noise._replace(leads=leads),
-    )
-    return tree_where(leads, (back, turned), (update, state))
 
 
 def noise_step(
     options: Options, gradient: Params, state: NaturalGradientState, objective: Objective
 ) -> tuple[Params, NaturalGradientState]:
-    """One step where noise leads."""
+    """One step where noise leads; the first takes back the last one that was solved for.
+
+    A gradient whose square is beyond the range of floats, or not finite, changes nothing.
+    """
+    slope_of = objective.gradient_with_penalty(gradient)
+    square = tree_vdot(slope_of, slope_of)
+    sound = square < jnp.finfo(square.dtype).max / 64  # so that averages of squares are finite
+    made = lambda: _made(options, slope_of, gradient, state)
+    skipped = lambda: (tree_zeros_like(gradient), state._replace(accepted=jnp.array(False)))
+    update, state = jax.lax.cond(sound, made, skipped)
+    return update, state._replace(count=optax.safe_increment(state.count))
+
+
+def _made(
+    options: Options, gradient: Params, like: Params, state: NaturalGradientState
+) -> tuple[Params, NaturalGradientState]:
+    """The step, in the dtypes of ``like``, from a sound gradient."""
     noise: NoiseState = state.noise
-    gradient = objective.gradient_with_penalty(gradient)
     scalar = jnp.zeros(())
     moments, *slopes = auto_sharded(
         lambda m, g: m.updated(g), noise.moments, gradient, like=(noise.moments, scalar, scalar)
     )
     make = lambda m, like: m.direction(like)
-    direction = auto_sharded(make, moments, state.direction, like=state.direction)
+    direction = auto_sharded(make, moments, gradient, like=gradient)
     learned = noise.learned.learned(*slopes)
-    first = _first_length(noise.claims, tree_vdot(gradient, direction))
-    length = jnp.where(learned.length == 0, first, learned.length)
-    rate = (options.rate(state.count) * length).astype(jnp.float32)
-    step = jax.tree.map(lambda d: (rate * d).astype(d.dtype), direction)
-    update = jax.tree.map(lambda d, g: (options.sign * d).astype(g.dtype), step, gradient)
-    sound = tree_is_finite(moments) & tree_is_finite(update)
-    kept = state._replace(
-        direction=step,
+    first = _first_length(noise.claims, slopes[0])
+    learned = learned._replace(length=jnp.where(learned.length == 0, first, learned.length))
+    rate = (options.rate(state.count) * learned.length).astype(jnp.float32)
+    rate, taken = computed_once((rate, noise.taken))
+
+    def update(d: Array, last: Array, g: Array) -> Array:
+        largest = float(jnp.finfo(g.dtype).max)
+        step = rate * d.astype(jnp.float32) - taken * last.astype(jnp.float32)
+        return jnp.clip(options.sign * step, -largest, largest).astype(g.dtype)
+
+    return jax.tree.map(update, direction, state.direction, like), state._replace(
         iterations=jnp.zeros((), jnp.int32),
         residual_norm=jnp.zeros((), jnp.float32),
         predicted_kl=jnp.zeros((), jnp.float32),
-        noise=noise._replace(learned=learned._replace(length=length), moments=moments),
+        accepted=learned.length > 0,
+        noise=noise._replace(learned=learned, moments=moments, taken=jnp.zeros((), jnp.float32)),
     )
-    update, state = tree_where(sound, (update, kept), (tree_zeros_like(update), state))
-    return update, state._replace(count=optax.safe_increment(state.count), accepted=sound)
 
 
 def _first_length(claims: Claims, slope: Array) -> Array:
-    """Where the loss would fall by a little of what was claimed while batches were solved for."""
+    """Where the loss would fall by a little of what was claimed while batches were solved for.
+
+    The slope is that of the second batch along the direction from the first one; 0 until one
+    points downhill.
+    """
     scale = jnp.where(claims.claimed > 0, claims.claimed, claims.refuted)
-    return (_CAUTION * scale / jnp.where(slope > 0, slope, 1)).astype(jnp.float32)
+    length = _CAUTION * scale / jnp.where(slope > 0, slope, 1)
+    return jnp.where(slope > 0, length, 0).astype(jnp.float32)

@@ -49,6 +49,7 @@ class Objective:
       problem: the head's loss at the batch; None without a batch.
       data: the keywords of ``update``.
       l2: of the penalty, or None.
+      before: the loss at the parameters, where it is known.
     """
 
     operator: CurvatureOperator
@@ -56,6 +57,11 @@ class Objective:
     problem: Problem | None
     data: Data
     l2: Any
+    before: Array | None = None
+
+    def knowing(self, before: Array) -> Objective:
+        """With the loss at the parameters, as :meth:`loss_before` gave it."""
+        return dataclasses.replace(self, before=before)
 
     def nll(self, z: Array) -> Array:
         """The head's mean nll of the outputs ``z``."""
@@ -93,6 +99,8 @@ class Objective:
 
     def loss_before(self) -> Array:
         """The loss at the parameters, with the l2 term."""
+        if self.before is not None:
+            return self.before
         value = self.data.value
         if self.data.value_fn is None:
             value = self.nll(self.operator.output)

@@ -67,7 +67,7 @@ def take_step(
     )
     seen = tree_where(verdict.sound, attempt.control, state.control)
     step = attempt.direction.path.step(record.length)
-    step = jax.tree.map(lambda x: jnp.where(accepted, x, 0).astype(x.dtype), step)
+    step = tree_where(accepted, step, tree_zeros_like(step))
     update = jax.tree.map(lambda x: (options.sign * x).astype(x.dtype), step)
     damping = jnp.where(jnp.isfinite(attempt.damping), attempt.damping, state.damping)
     predicted_kl = jnp.where(accepted, attempt.length.predicted_kl, 0)
@@ -77,7 +77,7 @@ def take_step(
         mismatch = jax.lax.cond(descent & outcome.worse, differs, lambda: state.gradient_mismatch)
     noise = state.noise
     if noise is not None:
-        noise = with_claim(state, objective, record, outcome, step)
+        noise = with_claim(noise, objective, record, outcome, step)
     return update, NaturalGradientState(
         count=optax.safe_increment(state.count),
         direction=_kept_direction(state.direction, attempt, accepted),
@@ -154,7 +154,7 @@ def _damped(
 ) -> tuple[PyTree, DampedCurvature]:
     """The state of the rule that has seen the gradient, and the system that it asks for."""
     shift = 0.0 if options.l2 is None else options.l2
-    rayleigh = lambda: objective.operator.quadratic_form(unit(gradient)) + shift
+    rayleigh = lambda: objective.operator.quadratic_form(unit(gradient, norm)) + shift
     observation = Observation(state.count, gradient, norm, state.direction, rayleigh)
     control, damping = options.rule.propose(state.control, observation)
     if options.rule.adapts and objective.data.batch is None:

@@ -15,7 +15,7 @@ from fvp.curvature import CurvatureOperator, Problem
 from fvp.curvature.gauss_newton import gauss_newton_of
 from fvp.curvature.operator import build_operator
 from fvp.solvers import Setting
-from fvp.transforms.noise import NoiseState, led_by_noise, noise_step
+from fvp.transforms.noise import NoiseState, noise_step, seen_by
 from fvp.transforms.objective import Data, Objective
 from fvp.transforms.options import Options, check_data
 from fvp.transforms.serialization import register_with_flax
@@ -54,14 +54,13 @@ def build_transform(options: Options) -> optax.GradientTransformationExtraArgs:
         # Outside of the branches: there XLA shares the forward pass with the caller's gradient.
         objective = objective_at(options, params, operator, data)
 
-        def solved() -> tuple[Params, NaturalGradientState]:
-            found = take_step(options, gradient, state, objective)
-            return found if state.noise is None else led_by_noise(options, state, *found)
-
         if state.noise is None:
-            return solved()
+            return take_step(options, gradient, state, objective)
+        noise, objective = seen_by(objective, state)
+        state = state._replace(noise=noise)
         led = lambda: noise_step(options, gradient, state, objective)
-        return jax.lax.cond(state.noise.leads, led, solved)
+        solved = lambda: take_step(options, gradient, state, objective)
+        return jax.lax.cond(noise.leads, led, solved)
 
     def update(
         updates: Params,
