@@ -106,7 +106,8 @@ def _is_whole(x: Array, axis: int) -> bool:
 def tree_scale(scale: ArrayLike, x: PyTree) -> PyTree:
     """``scale * x``, leaf by leaf, in the dtypes of ``x``."""
     scale = computed_once(jnp.asarray(scale))
-    return jax.tree.map(lambda leaf: (scale * leaf).astype(leaf.dtype), x)
+    times = lambda wide: scale.astype(wide.dtype) * wide
+    return jax.tree.map(lambda leaf: times(widen(leaf)).astype(leaf.dtype), x)
 
 
 def tree_axpy(scale: ArrayLike, x: PyTree, y: PyTree) -> PyTree:

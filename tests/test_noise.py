@@ -161,7 +161,7 @@ def reference(gs, count):
         if i % 10 == 0:
             new = []
             for side, basis in zip(sides, bases, strict=True):
-                product = side @ basis / np.trace(side) + 2.0**-16 * basis
+                product = side @ basis + 2.0**-16 * np.trace(side) * basis
                 new.append(np.linalg.qr(product)[0])
             turns = [old.T @ now for old, now in zip(bases, new, strict=True)]
             mean = turns[0].T @ mean @ turns[1]

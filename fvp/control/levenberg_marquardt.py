@@ -160,7 +160,8 @@ class LevenbergMarquardt(DampingRule):
     def diagonal(self, state: LevenbergMarquardtState) -> Any:
         """The diagonal D, of mean 1; like the parameters, float32."""
         relative = _over_mean(state.squares)
-        return _over_mean(jax.tree.map(lambda s: _five_eighths(s + _FLOOR), relative))
+        powers = jax.tree.map(lambda s: _five_eighths(s + _FLOOR), computed_once(relative))
+        return computed_once(_over_mean(computed_once(powers)))
 
     def correct(
         self, state: LevenbergMarquardtState, step: Step, outcome: Outcome, accepted: Array

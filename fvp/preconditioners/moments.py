@@ -12,7 +12,7 @@ from jax import Array
 from jax.typing import DTypeLike
 
 from fvp.layers.products import einsum
-from fvp.numerics import cast_like, tree_vdot, wide_dtype, widen
+from fvp.numerics import cast_like, computed_once, tree_vdot, wide_dtype, widen
 from fvp.tracing.steps import Shape
 from fvp.typing import Params
 
@@ -88,10 +88,12 @@ class Moments(NamedTuple):
         first = [add(m, g, _MEAN) for m, g in zip(first, now, strict=True)]
         second = [add(s, jnp.square(g), _SQUARES) for s, g in zip(second, now, strict=True)]
         weight = lambda memory: 1 - memory ** (self.gradients + 1.0)
-        roots = [_root(s / weight(_SQUARES)) for s in second]
+        root = jnp.sqrt(weight(_SQUARES))
+        per_gradient, per_mean = computed_once((root, root / weight(_MEAN)))
+        roots = [_root(s, basis) for s, basis in zip(second, bases, strict=True)]
         ratio = lambda x, root: jnp.where(root > 0, x / jnp.where(root > 0, root, 1), 0)
-        turned = [ratio(m / weight(_MEAN), root) for m, root in zip(first, roots, strict=True)]
-        whitened = [ratio(g, root) for g, root in zip(now, roots, strict=True)]
+        turned = [ratio(per_mean * m, root) for m, root in zip(first, roots, strict=True)]
+        whitened = [ratio(per_gradient * g, root) for g, root in zip(now, roots, strict=True)]
         tree = lambda flat: jax.tree.unflatten(structure, flat)
         state = Moments(self.gradients + 1, tree(first), tree(second), tree(turned), outer, bases)
         return state, tree_vdot(now, last), tree_vdot(whitened, last)
@@ -134,9 +136,11 @@ def _turned(x: Array, bases: tuple[Array, ...], back: bool = False) -> Array:
     return x
 
 
-def _root(square: Array) -> Array:
-    """The root of averaged squares; those that rounding may have made count as the least."""
-    return jnp.sqrt(jnp.maximum(square, _FLOOR * jnp.max(square, initial=0)))
+def _root(square: Array, bases: tuple[Array, ...]) -> Array:
+    """The root of averaged squares; those that turning's rounding may have made are the least."""
+    if bases:
+        square = jnp.maximum(square, _FLOOR * jnp.max(square, initial=0))
+    return jnp.sqrt(square)
 
 
 def _refreshed(
@@ -149,8 +153,11 @@ def _refreshed(
     """
     found: tuple[list[Any], ...] = ([], [], [], [])
     for totals, old, *moments in zip(outer, bases, first, second, turned, strict=True):
-        new = tuple(_iterated(total, basis) for total, basis in zip(totals, old, strict=True))
-        if new:
+        new = ()
+        if old:
+            trace = jnp.trace(totals[0])  # the squares of all gradients, along whichever axis
+            little = computed_once(jnp.where(trace > 0, _KEPT * trace, 1))
+            new = tuple(_iterated(*sides, little) for sides in zip(totals, old, strict=True))
             turns = [einsum("ij,ik->jk", a, b) for a, b in zip(old, new, strict=True)]
             turns = tuple(jnp.stack([turn, jnp.square(turn), turn]) for turn in turns)
             moments = jax.vmap(_turned)(jnp.stack(moments), turns)
@@ -159,11 +166,9 @@ def _refreshed(
     return tuple(found[0]), *found[1:]
 
 
-def _iterated(total: Array, basis: Array) -> Array:
+def _iterated(total: Array, basis: Array, little: Array) -> Array:
     """The orthonormal factor of (total + a little) basis.
 
     Without that little, rounding would choose the basis where there has been no gradient.
     """
-    trace = jnp.trace(total)
-    little = jnp.where(trace > 0, _KEPT * trace, 1)
     return jnp.linalg.qr(einsum("ij,jk->ik", total, basis) + little * basis)[0]

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable
 from typing import Any, NamedTuple, Self
 
 import jax
@@ -84,7 +83,7 @@ class _Carry(NamedTuple):
     x: Any
     residual: Any
     z: Any  # M residual; () without M
-    direction: Any  # the last one, in the dtypes of rhs
+    direction: Any  # the last one, in the dtypes of rhs; or the guess where it is ``starting``
     beta: Array  # how much of it the next one keeps
     rz: Array  # residual . z
     rr: Array  # residual . residual
@@ -95,15 +94,10 @@ class _Carry(NamedTuple):
     history: Array  # ring buffer of phi
     converged: Array
     breakdown: Array
-    checking: Array  # the next product is by x, for the true residual
-    checked: Array  # residual . residual of the last such product
+    starting: Array  # the next product is by a guess, for its true residual
+    guessed: Array  # norm of the first guess
+    checked: Array  # residual . residual where a solve was started again
     stalled: Array  # it did not fall any more
-
-
-class _Start(NamedTuple):
-    x: Any
-    residual: Any
-    rr: Array
 
 
 class _Move(NamedTuple):
@@ -124,12 +118,12 @@ def solve(system: LinearSystem, rhs: Params, x0: Params | None) -> tuple[Params,
     In (D^(-1/2) A D^(-1/2) + damping I) y = D^(-1/2) rhs: the same as preconditioning with D, at an
     inner product less per iteration. The iterate and the direction are kept as x = D^(-1/2) y,
     which A multiplies; the residual, the norms and M are those of y.
+
+    A guess is the first direction, taken at full length from zeros. So it is where a solve that may
+    have converged is checked: it starts again from its x, and the operator is compiled once.
     """
     iteration = _Iteration.of(system, rhs)
-    start = iteration.start(x0)
-    if system.verify and x0 is not None:
-        iteration = dataclasses.replace(iteration, start_norm=iteration.norm(start.x))
-    first = iteration.first(start, from_zeros=x0 is None)
+    first = iteration.first(x0)
     return iteration.finish(jax.lax.while_loop(iteration.unfinished, iteration.step, first))
 
 
@@ -142,11 +136,11 @@ class _Iteration:
 
     system: LinearSystem
     rhs: Params
+    root: PyTree  # D^(-1/2), or None
     b: Params  # D^(-1/2) rhs / scale
     bb: Array
     scale: Array  # a power of two
     threshold: Array  # of the residual norm
-    start_norm: Array  # of the guess that a check is to trust; 0 without
     dtype: Any  # of the scalars
 
     @classmethod
@@ -158,53 +152,43 @@ class _Iteration:
         damping, tol, atol = number(system.damping), number(system.tol), number(system.atol)
         progress_tol = number(system.progress_tol)
         system = system._replace(damping=damping, tol=tol, atol=atol, progress_tol=progress_tol)
-        b = _times_root(widen_tree(rhs), system.diagonal, -1)
+        root = None
+        if system.diagonal is not None:
+            root = computed_once(jax.tree.map(jax.lax.rsqrt, system.diagonal))
+        b = _to_x(widen_tree(rhs), root)
         scale = power_of_two(tree_norm(b).astype(dtype))
         b = _divided(b, scale)
         bb = tree_vdot(b, b).astype(dtype)
         threshold = jnp.maximum(tol * jnp.sqrt(bb), atol / scale).astype(dtype)
-        return cls(system, rhs, b, bb, scale, threshold, number(0), dtype)
+        return cls(system, rhs, root, b, bb, scale, threshold, dtype)
 
     # The iteration.
 
-    def start(self, x0: Params | None) -> _Start:
-        """From the guess of the caller; from zeros where there is none, or it is of no use."""
-        zeros = tree_zeros_like(self.b)
-        if x0 is None:
-            return _Start(zeros, self.b, self.bb)
-        x = widen_tree(cast_like(_divided(widen_tree(x0), self.scale), self.rhs))
-        product = self._to_x(self._multiply(cast_like(x, self.rhs))[0])
-        product = tree_axpy(self.system.damping, self._to_y(x), product)
-        residual = tree_axpy(-1, product, self.b)
-        rr = self._dot(residual, residual)
-        usable = jnp.isfinite(rr) & (self.bb > 0)
-        return tree_where(usable, _Start(x, residual, rr), _Start(zeros, self.b, self.bb))
-
-    def first(self, start: _Start, *, from_zeros: bool) -> _Carry:
-        """Before the first product of the loop; the model is 0 at zeros."""
-        x, residual, rr = start
-        z = self._precondition(residual)
-        rz = rr if self.system.M is None else self._dot(residual, z)
-        phi = self._number(0)
-        if not from_zeros:
-            phi = -0.5 * self._dot(self._to_y(x), tree_axpy(1, self.b, residual))
-        converged = jnp.isfinite(rr) & (jnp.sqrt(rr) <= self.threshold)
+    def first(self, x0: Params | None) -> _Carry:
+        """Before the first product: at zeros, where the model is 0."""
+        guess, z = tree_zeros_like(self.rhs), self._precondition(self.b) if x0 is None else self.b
+        if x0 is not None:
+            finite = jax.tree.map(lambda x: jnp.where(jnp.isfinite(x), x, 0), widen_tree(x0))
+            guess = cast_like(_divided(finite, self.scale), self.rhs)
+        rz = self.bb if self.system.M is None or x0 is not None else self._dot(self.b, z)
+        converged = jnp.isfinite(self.bb) & (jnp.sqrt(self.bb) <= self.threshold)
         return _Carry(
-            x=x,
-            residual=residual,
+            x=tree_zeros_like(self.b),
+            residual=self.b,
             z=() if self.system.M is None else z,
-            direction=tree_zeros_like(self.rhs),
-            beta=self._number(0),
+            direction=guess,
+            beta=self._number(x0 is not None),
             rz=rz,
-            rr=rr,
+            rr=self.bb,
             pp=self._number(0),
             steepest=self._number(0),
             iteration=jnp.zeros((), jnp.int32),
-            phi=phi,
-            history=jnp.full((self.system.window + 1,), phi),
+            phi=self._number(0),
+            history=jnp.zeros((self.system.window + 1,), self.dtype),
             converged=converged,
             breakdown=~converged & ~(jnp.isfinite(rz) & (rz > 0)),
-            checking=jnp.zeros((), jnp.bool_),
+            starting=jnp.array(x0 is not None),
+            guessed=self._number(0),
             checked=self._number(jnp.inf),
             stalled=jnp.zeros((), jnp.bool_),
         )
@@ -217,46 +201,44 @@ class _Iteration:
     def unfinished(self, c: _Carry) -> Array:
         """Whether there is another product to make."""
         going = ~c.converged & ~c.breakdown & ~c.stalled
-        return going & (c.checking | (c.iteration < self.system.limit))
+        return going & (c.starting | (c.iteration < self.system.limit))
 
     def step(self, c: _Carry) -> _Carry:
-        """One product: along the next direction, or by x to check its residual."""
+        """One product: along the next direction, or by a guess."""
         # The direction comes first, so that the last one is dead and XLA overwrites it in place.
-        z = self._to_x(c.residual if self.system.M is None else c.z)
+        z = tree_scale(~c.starting, self._to_x(c.residual if self.system.M is None else c.z))
         stored = cast_like(tree_axpy(c.beta, widen_tree(c.direction), z), self.rhs)
-        if self.system.verify:
-            # A check multiplies x in place of a direction: the operator is compiled once.
-            stored = tree_where(c.checking, cast_like(c.x, self.rhs), stored)
         move = self._moved(c, stored)
         z = self._precondition(move.residual)
         rz = move.rr if self.system.M is None else self._dot(move.residual, z)
         reached = move.good & (jnp.sqrt(move.rr) <= self.threshold)
         usable = jnp.isfinite(rz) & (rz > 0)  # else M is not positive definite
-        iteration = c.iteration + jnp.where(c.checking, 0, 1)
-        x = tree_where(move.good, move.x, c.x)
-        checking = self._must_check(reached & ~c.checking, x, iteration, move.steepest)
-        converged = reached & ~checking
+        first = c.starting & (c.iteration == 0)
+        iteration = c.iteration + jnp.where(c.starting, 0, 1)
         progress, history = self._progress(c, move, iteration)
-        converged |= progress
-        return _Carry(
-            x=x,
+        following = _Carry(
+            x=tree_where(move.good, move.x, c.x),
             residual=move.residual,
             z=() if self.system.M is None else z,
             direction=stored,
-            beta=jnp.where(c.checking, 0, rz / c.rz),
+            beta=jnp.where(c.starting, 0, rz / c.rz),
             rz=rz,
             rr=jnp.where(move.good, move.rr, c.rr),
-            pp=jnp.where(c.checking, 0, move.pp),
+            pp=jnp.where(c.starting, 0, move.pp),
             steepest=move.steepest,
             iteration=iteration,
             phi=jnp.where(move.good, move.phi, c.phi),
             history=history,
-            converged=converged,
-            breakdown=~move.good | (~reached & ~usable),
-            checking=checking & ~converged,
-            checked=jnp.where(c.checking, move.rr, c.checked),
-            stalled=c.checking & ~(move.rr <= 0.25 * c.checked),
+            converged=reached | progress,
+            # A guess of no use is left at zeros.
+            breakdown=(~move.good & ~first) | (~reached & ~usable),
+            starting=jnp.zeros((), jnp.bool_),
+            guessed=jnp.where(first, jnp.sqrt(move.pp), c.guessed),
+            checked=jnp.where(c.starting & ~first, move.rr, c.checked),
+            stalled=c.starting & ~first & ~(move.rr <= 0.25 * c.checked),
         )
+        must_hold = reached & ~progress & ~c.starting
+        return self._checked(following, must_hold) if self.system.verify else following
 
     def finish(self, last: _Carry) -> tuple[Params, CGInfo]:
         """The solution of the unscaled system and its record."""
@@ -282,48 +264,58 @@ class _Iteration:
     # Its parts.
 
     def _moved(self, c: _Carry, stored: Params) -> _Move:
-        """The step along ``stored``; after the product of a check, x with its true residual."""
+        """The step along ``stored``: to the minimum, or to its end where it is a guess."""
         direction, (product, form) = widen_tree(stored), self._multiply(stored)
         rounded = self._is_rounded()
-        # The residual is orthogonal to the last direction, unless that was rounded.
-        carried = self.system.M is None and not rounded
         scaled = self._to_y(direction)
-        pp = c.rr + c.beta * c.beta * c.pp if carried else self._dot(scaled, scaled)
+        products = lambda: (self._dot(scaled, scaled), self._dot(scaled, c.residual))
+        if rounded:
+            pp, slope = products()
+        else:
+            # The residual is orthogonal to the last direction, unless that was rounded.
+            pp = lambda: c.rr + c.beta * c.beta * c.pp
+            pp = pp if self.system.M is None else lambda: self._dot(scaled, scaled)
+            pp, slope = jax.lax.cond(c.starting, products, lambda: (pp(), c.rz))
         # The damping never enters a vector of its own: a pass over memory less.
         pap = form + self.system.damping * pp
-        slope = self._dot(scaled, c.residual) if rounded else c.rz
         steepest = jnp.maximum(c.steepest, pap / pp)
-        alpha = slope / pap
+        alpha = jnp.where(c.starting, 1, slope / pap)
         # Below this the curvature is rounding: dividing by it would throw x along a null direction.
         flat = pap <= 4 * jnp.finfo(self.dtype).eps * steepest * pp
-        good = ~flat & jnp.isfinite(alpha)
-        applied = lambda: tree_axpy(self.system.damping, scaled, self._to_x(product))
-        moved = lambda: tree_where(good, tree_axpy(-alpha, applied(), c.residual), c.residual)
-        residual = self._either(c, lambda: tree_axpy(-1, applied(), self.b), moved)
+        good = (c.starting | ~flat) & jnp.isfinite(alpha) & jnp.isfinite(pap)
+        applied = tree_axpy(self.system.damping, scaled, self._to_x(product))
+        residual = tree_where(good, tree_axpy(-alpha, applied, c.residual), c.residual)
         rr = self._dot(residual, residual)
-        good = self._either(c, lambda: jnp.array(True), lambda: good) & jnp.isfinite(rr)
-        x = self._either(c, lambda: direction, lambda: tree_axpy(alpha, direction, c.x))
-        phi = self._either(
-            c,
-            lambda: -0.5 * self._dot(scaled, tree_axpy(1, self.b, residual)),
-            lambda: c.phi - 0.5 * alpha * slope,
+        # From zeros a guess goes, also where x is the guess.
+        x = tree_scale(~c.starting, c.x) if self.system.verify else c.x
+        return _Move(
+            x=tree_axpy(alpha, direction, x),
+            residual=residual,
+            rr=rr,
+            phi=jnp.where(c.starting, 0, c.phi) - alpha * (slope - 0.5 * alpha * pap),
+            pp=pp,
+            steepest=jnp.where(c.starting, c.steepest, steepest),
+            good=good & jnp.isfinite(rr),
         )
-        steepest = jnp.where(c.checking, c.steepest, steepest)
-        return _Move(x, residual, rr, phi, pp, steepest, good)
 
-    def _must_check(self, reached: Array, x: Params, iteration: Array, steepest: Array) -> Array:
-        """Whether the true residual may be beyond the threshold that the recurrence met."""
-        if not self.system.verify:
-            return jnp.array(False)
+    def _checked(self, c: _Carry, reached: Array) -> _Carry:
+        """Starts again where the threshold was ``reached``, but rounding may have met it."""
         # Of the dtypes that x and the products are rounded to.
         eps = [float(jnp.finfo(leaf.dtype).eps) for leaf in jax.tree.leaves(self.rhs)]
 
         def drifted() -> Array:
-            size = jnp.maximum(self.norm(x), self.start_norm)
-            bound = 16 * max(eps, default=0.0) * iteration.astype(self.dtype) * steepest * size
+            size = jnp.maximum(self.norm(c.x), c.guessed)
+            bound = 16 * max(eps, default=0.0) * c.iteration.astype(self.dtype) * c.steepest * size
             return bound > self.threshold
 
-        return jax.lax.cond(reached, drifted, lambda: jnp.array(False))
+        again = jax.lax.cond(reached, drifted, lambda: jnp.array(False))
+        return c._replace(
+            residual=tree_where(again, self.b, c.residual),
+            direction=tree_where(again, cast_like(c.x, self.rhs), c.direction),
+            beta=jnp.where(again, 1, c.beta),
+            converged=c.converged & ~again,
+            starting=again,
+        )
 
     def _progress(self, c: _Carry, move: _Move, iteration: Array) -> tuple[Array, Array]:
         """Whether the quadratic model has stopped falling, and its history."""
@@ -334,13 +326,9 @@ class _Iteration:
         before = c.history[(iteration - k) % (window + 1)]
         phi = move.phi
         small = (phi - before) / phi < k.astype(self.dtype) * self.system.progress_tol
-        small &= ~c.checking
+        small &= ~c.starting
         ended = move.good & (iteration > k) & (phi < 0) & small
         return ended, c.history.at[iteration % (window + 1)].set(phi)
-
-    def _either(self, c: _Carry, checked: Callable[[], Any], moved: Callable[[], Any]) -> Any:
-        """``checked()`` after the product of a check, else ``moved()``."""
-        return jax.lax.cond(c.checking, checked, moved) if self.system.verify else moved()
 
     def _multiply(self, v: Params) -> tuple[Params, Array]:
         """A v, and v^T A v."""
@@ -370,20 +358,19 @@ class _Iteration:
         return jnp.full((), x, self.dtype)
 
     def _to_y(self, x: Params) -> Params:
-        return _times_root(x, self.system.diagonal, 1)
+        if self.root is None:
+            return x
+        return jax.tree.map(lambda x, r: (x / r.astype(x.dtype)).astype(x.dtype), x, self.root)
 
     def _to_x(self, y: Params) -> Params:
-        return _times_root(y, self.system.diagonal, -1)
+        return _to_x(y, self.root)
 
 
-def _times_root(v: Params, diagonal: PyTree, sign: int) -> Params:
-    """D^(1/2) v, or D^(-1/2) v for a negative sign; None is the identity."""
-    if diagonal is None:
-        return v
-    root = jax.tree.map(jax.lax.rsqrt, diagonal)
-    if sign > 0:
-        return jax.tree.map(lambda x, n: (x / n.astype(x.dtype)).astype(x.dtype), v, root)
-    return jax.tree.map(lambda y, n: (y * n.astype(y.dtype)).astype(y.dtype), v, root)
+def _to_x(y: Params, root: PyTree) -> Params:
+    """D^(-1/2) y."""
+    if root is None:
+        return y
+    return jax.tree.map(lambda y, r: (y * r.astype(y.dtype)).astype(y.dtype), y, root)
 
 
 def _divided(tree: Params, scale: Array) -> Params:
