@@ -197,5 +197,5 @@ def as_finite(x: Array) -> Array:
 
 def tree_is_finite(tree: PyTree) -> Array:
     """Whether every entry is finite."""
-    sums = [sum_entries(0 * leaf) for leaf in jax.tree.leaves(tree)]  # zeros, or NaN
+    sums = [sum_entries(leaf - leaf) for leaf in jax.tree.leaves(tree)]  # zeros, or NaN
     return computed_once(jnp.isfinite(sum(sums, jnp.zeros((), jnp.float32))))

@@ -76,7 +76,6 @@ def total_bytes(found, kind, in_loop=None):
 
 
 def loop_state_shapes(compiled):
-    """The shapes, on one device, of all arrays that the program's loops carry."""
-    lines = compiled.as_text().splitlines()
-    states = [re.search(r" = (\(.*?\)) while\(", line) for line in lines]
-    return [shape for state in states if state for _, shape in _arrays(state[1])]
+    """The shapes, on one device, of all arrays that the program's largest loop carries."""
+    states = re.findall(r" = (\(.*?\)) while\(", compiled.as_text())
+    return max(([shape for _, shape in _arrays(state)] for state in states), key=len)

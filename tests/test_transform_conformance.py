@@ -49,7 +49,8 @@ def natural_gradient(learning_rate=0.5, **options):
     return fvp.natural_gradient(learning_rate, model_fn, HEAD, **{"damping": 0.1, **options})
 
 
-RATE, DAMPING = optax.linear_schedule(1.0, 0.1, 10), optax.exponential_decay(0.2, 5, 0.5)
+# Float32 schedules: the values of this rate are exact, so that every program computes the same.
+RATE, DAMPING = optax.linear_schedule(1.0, 0.125, 8), optax.exponential_decay(0.2, 5, 0.5)
 TRANSFORMS = {
     "scale_by_fisher": scale_by_fisher(),
     "natural_gradient": natural_gradient(),

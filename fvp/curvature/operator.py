@@ -9,7 +9,6 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from jax import Array
-from jax.flatten_util import ravel_pytree
 
 from fvp.checks import check_like, check_positive_int
 from fvp.compilation import compiled_when_eager
@@ -17,7 +16,7 @@ from fvp.curvature.chunked import Chunked, example_count
 from fvp.curvature.linearized import Linearize, LinearizedCurvature
 from fvp.curvature.problem import Problem
 from fvp.mesh import AxisName, sum_over, to_local
-from fvp.numerics import cast_like, power_of_two, widen, zeros_of
+from fvp.numerics import cast_like, power_of_two, widen
 from fvp.records import Record
 from fvp.typing import Params, PyTree
 
@@ -133,7 +132,9 @@ class CurvatureOperator(Record):
                 f" ({wanted / 2**30:.1f} GiB), more than max_bytes={max_bytes:,.0f}; multiply by"
                 " the operator instead, F @ v, or pass a larger max_bytes."
             )
-        return _dense(self)
+        from fvp.layers.dense import dense_matrix  # layers stand on curvatures: not above
+
+        return dense_matrix(self)
 
     def _mean(self, tree: PyTree) -> PyTree:
         # Where all weights are zero the total is infinite, and nothing that was summed counts.
@@ -193,10 +194,3 @@ def _inner_products(operator: CurvatureOperator, vectors: list[Params]) -> Array
 @compiled_when_eager
 def _value_and_grad(operator: CurvatureOperator, targets: PyTree) -> tuple[Array, Params]:
     return operator._mean(operator.linearized.value_and_gradient(targets, operator.scale))
-
-
-@compiled_when_eager
-def _dense(operator: CurvatureOperator) -> Array:
-    flat, unravel = ravel_pytree(zeros_of(operator.like))
-    column = lambda e: ravel_pytree(operator.mv(unravel(e)))[0]
-    return jax.vmap(column, out_axes=1)(jnp.eye(flat.size, dtype=flat.dtype))

@@ -7,6 +7,7 @@ Its length is learned from the slope that the next batch finds along it.
 
 from __future__ import annotations
 
+import math
 from typing import NamedTuple
 
 import jax
@@ -110,23 +111,23 @@ def _part_taken(state: NaturalGradientState, params: Params) -> Array:
 def noise_step(
     options: Options, gradient: Params, state: NaturalGradientState, objective: Objective
 ) -> tuple[Params, NaturalGradientState]:
-    """One step where noise leads; the first takes back the last one that was solved for.
+    """One step where noise leads; the first also takes back the last one that was solved for.
 
     A gradient whose square is beyond the range of floats, or not finite, changes nothing.
     """
     slope_of = objective.gradient_with_penalty(gradient)
     square = tree_vdot(slope_of, slope_of)
     sound = square < jnp.finfo(square.dtype).max / 64  # so that averages of squares are finite
-    made = lambda: _made(options, slope_of, gradient, state)
+    made = lambda: _made(options, slope_of, jnp.sqrt(square), gradient, state)
     skipped = lambda: (tree_zeros_like(gradient), state._replace(accepted=jnp.array(False)))
     update, state = jax.lax.cond(sound, made, skipped)
     return update, state._replace(count=optax.safe_increment(state.count))
 
 
 def _made(
-    options: Options, gradient: Params, like: Params, state: NaturalGradientState
+    options: Options, gradient: Params, norm: Array, like: Params, state: NaturalGradientState
 ) -> tuple[Params, NaturalGradientState]:
-    """The step, in the dtypes of ``like``, from a sound gradient."""
+    """The step, in the dtypes of ``like``, from a sound gradient of that norm."""
     noise: NoiseState = state.noise
     scalar = jnp.zeros(())
     moments, *slopes = auto_sharded(
@@ -135,7 +136,8 @@ def _made(
     make = lambda m, like: m.direction(like)
     direction = auto_sharded(make, moments, gradient, like=gradient)
     learned = noise.learned.learned(*slopes)
-    first = _first_length(noise.claims, slopes[0])
+    size = sum(leaf.size for leaf in jax.tree.leaves(gradient))
+    first = _first_length(noise.claims, norm, size)
     learned = learned._replace(length=jnp.where(learned.length == 0, first, learned.length))
     rate = (options.rate(state.count) * learned.length).astype(jnp.float32)
     rate, taken = computed_once((rate, noise.taken))
@@ -149,17 +151,17 @@ def _made(
         iterations=jnp.zeros((), jnp.int32),
         residual_norm=jnp.zeros((), jnp.float32),
         predicted_kl=jnp.zeros((), jnp.float32),
-        accepted=learned.length > 0,
+        accepted=jnp.array(True),
         noise=noise._replace(learned=learned, moments=moments, taken=jnp.zeros((), jnp.float32)),
     )
 
 
-def _first_length(claims: Claims, slope: Array) -> Array:
-    """Where the loss would fall by a little of what was claimed while batches were solved for.
+def _first_length(claims: Claims, norm: Array, size: int) -> Array:
+    """Where the loss falls by a little of what was claimed while batches were solved for, at most.
 
-    The slope is that of the second batch along the direction from the first one; 0 until one
-    points downhill.
+    The first direction has ``size`` entries of one, so that its slope along a gradient of this
+    ``norm`` is at most norm sqrt(size).
     """
     scale = jnp.where(claims.claimed > 0, claims.claimed, claims.refuted)
-    length = _CAUTION * scale / jnp.where(slope > 0, slope, 1)
-    return jnp.where(slope > 0, length, 0).astype(jnp.float32)
+    slope = norm * math.sqrt(size)
+    return (_CAUTION * scale / jnp.where(slope > 0, slope, 1)).astype(jnp.float32)
