@@ -42,10 +42,10 @@ def power_of_two(x: Array) -> Array:
 
 
 def computed_once(x: PyTree) -> Any:
-    """Scalars ``x``, for use by every leaf of a tree.
+    """Arrays ``x`` that many others are computed from, such as a scalar that every leaf reads.
 
-    XLA would compute each anew in the loop of every leaf that reads it, with the sum over all
-    leaves that it often is: programs grow with the square of their number, and compile as slowly.
+    XLA would compute each anew in every loop that reads it. For a scalar that is a sum over all
+    leaves the program then grows with the square of their number, and compiles as slowly.
     """
     return jax.lax.optimization_barrier(x)
 
@@ -105,15 +105,15 @@ def _is_whole(x: Array, axis: int) -> bool:
 
 def tree_scale(scale: ArrayLike, x: PyTree) -> PyTree:
     """``scale * x``, leaf by leaf, in the dtypes of ``x``."""
-    scale = computed_once(jnp.asarray(scale))
-    times = lambda wide: scale.astype(wide.dtype) * wide
+    factor = computed_once(jnp.asarray(scale))
+    times = lambda wide: factor.astype(wide.dtype) * wide
     return jax.tree.map(lambda leaf: times(widen(leaf)).astype(leaf.dtype), x)
 
 
 def tree_axpy(scale: ArrayLike, x: PyTree, y: PyTree) -> PyTree:
     """``scale * x + y``, leaf by leaf, in the dtypes of ``y``."""
-    scale = computed_once(jnp.asarray(scale))
-    return jax.tree.map(lambda a, b: (scale.astype(a.dtype) * a + b).astype(b.dtype), x, y)
+    factor = computed_once(jnp.asarray(scale))
+    return jax.tree.map(lambda a, b: (factor.astype(a.dtype) * a + b).astype(b.dtype), x, y)
 
 
 def tree_where(condition: Array, a: PyTree, b: PyTree) -> PyTree:
@@ -172,8 +172,8 @@ def tree_norm(tree: PyTree) -> Array:
 def unit(tree: PyTree, norm: Array | None = None) -> PyTree:
     """``tree`` divided by its ``norm``; zeros stay zeros."""
     norm = tree_norm(tree) if norm is None else norm
-    norm = computed_once(jnp.where(norm > 0, norm, 1))
-    return jax.tree.map(lambda x: (widen(x) / norm).astype(x.dtype), tree)
+    divisor = computed_once(jnp.where(norm > 0, norm, 1))
+    return jax.tree.map(lambda x: (widen(x) / divisor).astype(x.dtype), tree)
 
 
 def divide_above_rounding(x: Array, squares: Array) -> Array:

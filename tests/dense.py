@@ -239,6 +239,13 @@ def reference(case, model_fn, params, batch, targets, weights):
     }
 
 
+def product_matrix(operator):
+    """The (P, P) matrix of a linear operator, column by column; its own ``dense`` goes by rows."""
+    flat, unravel = ravel_pytree(jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), operator.like))
+    column = lambda e: ravel_pytree(operator.mv(unravel(e)))[0]
+    return jax.vmap(column, out_axes=1)(jnp.eye(flat.size, dtype=flat.dtype))
+
+
 def relative_error(actual, expected):
     """Largest deviation in units of the largest expected entry; trees of one structure."""
     assert jax.tree.structure(actual) == jax.tree.structure(expected)

@@ -2801,7 +2801,9 @@ def compiled(model, function):
 def products_of(model):
     def run(params, v, batch, weights):
         operator = fvp.fisher(model.model_fn, model.head, params, batch, weights=weights)
-        return operator.dense(), ravel_pytree(operator @ v)[0]
+        column = lambda e: ravel_pytree(operator @ model.flat[1](e))[0]
+        matrix = jax.vmap(column, out_axes=1)(jnp.eye(len(model.direction)))
+        return operator.dense(), matrix, ravel_pytree(operator @ v)[0]
 
     return compiled(model, run)
 
@@ -2871,9 +2873,10 @@ def compare_leaves(model, actual, expected, allowed, take=lambda x, s: x[s]):
 
 
 def check_products(model, result, fisher):
-    dense, product = result
+    dense, matrix, product = result
     allowed, scale = tolerance(model), np.abs(fisher).max()
-    complaints = ["dense() is off"] if off(dense, fisher, allowed) else []
+    complaints = ["dense() is off"] if off(dense, fisher, allowed, scale) else []
+    complaints += ["the matrix of products is off"] if off(matrix, fisher, allowed) else []
     wrong = off(product, fisher @ model.direction, allowed, scale)
     return complaints + (["F @ v is off"] if wrong else [])
 

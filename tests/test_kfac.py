@@ -4,7 +4,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from dense import CASES, mlp, parameters, quick_jit, relative_error
+from dense import CASES, mlp, parameters, product_matrix, quick_jit, relative_error
 from jax.flatten_util import ravel_pytree
 from models import MODELS, affine, conv, layer, normal, weight
 
@@ -29,7 +29,9 @@ def blocks(params, matrix, groups):
 
 
 def fisher_blocks(model_fn, head, params, batch, groups, **options):
-    matrix = quick_jit(lambda p: fvp.fisher(model_fn, head, p, batch, **options).dense())(params)
+    matrix = quick_jit(lambda p: product_matrix(fvp.fisher(model_fn, head, p, batch, **options)))(
+        params
+    )
     return blocks(params, matrix, groups)
 
 
@@ -85,7 +87,7 @@ def test_empirical_factors_are_exact_for_one_example():
     case, rng = CASES["softmax"], np.random.default_rng(0)
     model_fn, params, x = mlp((3,)), parameters(rng, 3), normal(rng, 1, 2)
     targets = jnp.array([1])
-    dense = fvp.empirical_fisher(model_fn, case.head, params, x, targets).dense()
+    dense = product_matrix(fvp.empirical_fisher(model_fn, case.head, params, x, targets))
     expected = blocks(params, dense, ["out", "hidden"])
     actual = factored(model_fn, case.head, params, x, targets=targets)
     assert relative_error(actual, expected) < 1e-8
@@ -101,7 +103,7 @@ def test_eigenvalue_correction_is_closer_and_keeps_the_trace(name):
         lambda: fvp.kfac(model_fn, head, params, batch, eigenvalue_corrected=True)
     )()
     support = operator.dense() != 0  # the blocks
-    fisher = jnp.where(support, fvp.fisher(model_fn, head, params, batch).dense(), 0)
+    fisher = jnp.where(support, product_matrix(fvp.fisher(model_fn, head, params, batch)), 0)
     distance = lambda K: jnp.linalg.norm(K.dense() - fisher)
     assert distance(corrected) < distance(operator)
     assert relative_error(corrected.trace(), jnp.trace(fisher)) < 1e-9

@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from dense import QUICK_KERNELS, reference, relative_error
+from dense import QUICK_KERNELS, product_matrix, reference, relative_error
 from jax.flatten_util import ravel_pytree
 from models import MODELS
 
@@ -70,7 +70,7 @@ def operators(name):
             "empirical_fisher": fvp.empirical_fisher(*arguments, targets, weights=weights),
         }
         gradient = ravel_pytree(built["fisher"].value_and_grad(targets)[1])[0]
-        matrices = {curvature: operator.dense() for curvature, operator in built.items()}
+        matrices = {curvature: product_matrix(operator) for curvature, operator in built.items()}
         return built["fisher"].output, gradient, matrices
 
     return build(params, batch, targets, weights)

@@ -14,6 +14,7 @@ from dense import (
     linear_parameters,
     mlp,
     parameters,
+    product_matrix,
     reference,
     relative_error,
 )
@@ -82,7 +83,9 @@ def test_operators_equal_their_dense_matrices(build, case, batch_axes, weighting
     @jax.jit
     def dense(params, batch, targets, weights):
         arguments = model, case.head, params, batch, targets, KEY
-        return {name: build(name, *arguments, weights=weights).dense() for name in CURVATURES}
+        return {
+            name: product_matrix(build(name, *arguments, weights=weights)) for name in CURVATURES
+        }
 
     full_weights = np.broadcast_to(1.0 if weights is None else weights, batch_axes)
     # The reference sees 6 flat examples either way.
@@ -103,7 +106,7 @@ def test_operators_of_a_network_whose_outputs_start_at_zero(build, name):
     @jax.jit
     def dense(params):
         arguments = model, case.head, params, batch, targets, KEY
-        return {name: build(name, *arguments).dense() for name in CURVATURES}
+        return {name: product_matrix(build(name, *arguments)) for name in CURVATURES}
 
     expected = reference(case, model, params, batch, targets, np.ones(6))
     for curvature, matrix in dense(params).items():
@@ -119,7 +122,7 @@ def test_fisher_is_ggn_is_hessian_for_a_linear_model(build, case):
     def dense(params, weights):
         arguments = model, case.head, params, batch, targets, KEY
         curvatures = ("fisher", "ggn", "hessian")
-        return [build(name, *arguments, weights=weights).dense() for name in curvatures]
+        return [product_matrix(build(name, *arguments, weights=weights)) for name in curvatures]
 
     fisher, ggn, hessian = dense(params, weights)
 
@@ -143,7 +146,7 @@ def test_weights_broadcast_to_the_batch_axes(shape):
     @jax.jit
     def dense(weights):
         operator = fvp.empirical_fisher(model, case.head, params, batch, targets, weights=weights)
-        return operator.dense()
+        return product_matrix(operator)
 
     full_weights = np.broadcast_to(weights, (3, 2)).copy()
     expected = reference(case, model, params, batch, targets, full_weights)["empirical_fisher"]
@@ -159,7 +162,7 @@ def test_scaling_the_weights_changes_nothing(build, curvature):
     @jax.jit
     def dense(weights):
         arguments = model, case.head, params, batch, targets, KEY
-        return build(curvature, *arguments, weights=weights).dense()
+        return product_matrix(build(curvature, *arguments, weights=weights))
 
     assert relative_error(dense(1000 * weights), dense(weights)) < 1e-12
 
@@ -179,7 +182,9 @@ def test_positions_that_share_inputs_count_as_one_example_each(build):
     @jax.jit
     def dense(params):
         arguments = model, case.head, params, batch, targets, KEY
-        return {name: build(name, *arguments, weights=weights).dense() for name in CURVATURES}
+        return {
+            name: product_matrix(build(name, *arguments, weights=weights)) for name in CURVATURES
+        }
 
     for curvature, matrix in dense(params).items():
         assert relative_error(matrix, expected[curvature]) < 1e-11, curvature
@@ -213,7 +218,7 @@ def test_masked_rows_leave_no_trace(build, name, curvature):
     def everything(offset, targets):
         arguments = model, case.head, params, (batch, offset), targets, KEY
         operator = build(curvature, *arguments, weights=weights)
-        return operator.dense(), *operator.value_and_grad(targets)
+        return product_matrix(operator), *operator.value_and_grad(targets)
 
     matrix, value, gradient = everything(offset, bad_targets)
     expected = reference(case, inner, params, batch[kept], targets[kept], weights[kept])
@@ -248,7 +253,7 @@ def test_masked_inputs_leave_no_trace(build, curvature, batch_axes, chunk_size):
             weights=weights.reshape(batch_axes), chunk_size=chunk_size,
             batch_axes={"x": 0, "shared": None, "count": None},
         )  # fmt: skip
-        return operator.dense(), *operator.value_and_grad(targets)
+        return product_matrix(operator), *operator.value_and_grad(targets)
 
     matrix, value, gradient = everything(bad.reshape(batch.shape), bad_targets)
     rows, labels = batch.reshape(6, 2)[kept], targets.reshape(6)[kept]
@@ -288,9 +293,9 @@ def test_finite_inputs_of_masked_rows_still_reach_the_others():
     inner, params, batch, _ = problem(case, (6,))
     model = lambda params, x: inner(params, jnp.cumsum(x, axis=0))
     weights = np.array([0, 1, 0, 1, 1, 1.0])
-    actual = fvp.fisher(model, case.head, params, batch, weights=weights).dense()
+    actual = product_matrix(fvp.fisher(model, case.head, params, batch, weights=weights))
     summed = jnp.cumsum(batch, axis=0)
-    expected = fvp.fisher(inner, case.head, params, summed, weights=weights).dense()
+    expected = product_matrix(fvp.fisher(inner, case.head, params, summed, weights=weights))
     assert relative_error(actual, expected) < 1e-12
 
 
@@ -321,10 +326,10 @@ def test_rows_of_any_sum_have_the_curvature_of_their_nll(build, curvature):
     expected = reference(case, model, params, batch, targets, np.ones(6))
     operator = build(curvature, model, case.head, params, batch, targets, KEY)
     value, gradient = operator.value_and_grad(targets)
-    assert relative_error(operator.dense(), expected[curvature]) < 1e-11
+    assert relative_error(product_matrix(operator), expected[curvature]) < 1e-11
     assert relative_error(value, expected["loss"]) < 1e-12
     assert relative_error(flat(gradient), expected["gradient"]) < 1e-11
-    fisher = fvp.fisher(model, case.head, params, batch).dense()
+    fisher = product_matrix(fvp.fisher(model, case.head, params, batch))
     assert relative_error(fisher, expected["fisher"]) < 1e-11
 
 
@@ -429,7 +434,7 @@ def test_monte_carlo_fisher_is_positive_semidefinite_of_bounded_rank(case, num_s
     @jax.jit
     def dense(key):
         operator = fvp.mc_fisher(model, case.head, params, batch[:3], key, num_samples=num_samples)
-        return operator.dense()
+        return product_matrix(operator)
 
     matrix = dense(KEY)
     assert relative_error(matrix, matrix.T) < 1e-13
@@ -447,7 +452,7 @@ def test_monte_carlo_fisher_is_one_matrix_for_one_key():
     first = operator @ v
     assert np.array_equal(flat(operator @ v), flat(first))
     assert np.array_equal(flat(build_jitted(KEY) @ v), flat(first))
-    assert relative_error(flat(first), operator.dense() @ flat(v)) < 1e-13
+    assert relative_error(flat(first), product_matrix(operator) @ flat(v)) < 1e-13
     assert not np.array_equal(flat(build_jitted(jax.random.key(8)) @ v), flat(first))
 
 
@@ -484,7 +489,7 @@ def operators(build):
 @every_curvature
 def test_operator_crosses_jit_boundaries(operators, curvature):
     operator, params, _, expected = operators[0][curvature], *operators[1:]
-    matrix = expected.get(curvature, operator.dense())
+    matrix = expected.get(curvature, product_matrix(operator))
     v = vector_like(params)
 
     def check(product):
@@ -502,7 +507,7 @@ def test_operator_crosses_jit_boundaries(operators, curvature):
 @every_curvature
 def test_vmap_and_scan_over_vectors(operators, curvature):
     operator, params, _, expected = operators[0][curvature], *operators[1:]
-    matrix = expected.get(curvature, operator.dense())
+    matrix = expected.get(curvature, product_matrix(operator))
     size = flat(params).size
     unravel = ravel_pytree(params)[1]
     vectors = np.random.default_rng(3).normal(size=(4, size))
@@ -522,7 +527,7 @@ def test_vmap_and_scan_over_vectors(operators, curvature):
 @every_curvature
 def test_quadratic_form_and_its_gradient(operators, curvature):
     operator, params, _, expected = operators[0][curvature], *operators[1:]
-    matrix = expected.get(curvature, operator.dense())
+    matrix = expected.get(curvature, product_matrix(operator))
     v = vector_like(params)
     value, gradient = jax.jit(jax.value_and_grad(lambda v: operator.quadratic_form(v)))(v)
     assert value.shape == ()
@@ -601,7 +606,7 @@ def test_curvature_is_differentiable_in_the_scale_of_the_head():
 def test_head_is_a_jit_argument_of_an_operator():
     case = CASES["gaussian-precision"]
     model, params, batch, targets = problem(case, (6,))
-    compiled = jax.jit(lambda head, params: fvp.fisher(model, head, params, batch).dense())
+    compiled = jax.jit(lambda head, params: product_matrix(fvp.fisher(model, head, params, batch)))
     expected = reference(case, model, params, batch, targets, np.ones(6))["fisher"]
     assert relative_error(compiled(case.head, params), expected) < 1e-11
 

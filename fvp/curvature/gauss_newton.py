@@ -68,6 +68,11 @@ class GaussNewton(LinearizedCurvature):
         """The model's output z."""
         return self.model.output
 
+    @property
+    def jacobian(self) -> Linearization:
+        """J of the model."""
+        return self.model
+
     def root(self) -> Root | None:
         """That of the output curvature, without the weights."""
         return self.curvature.root()

@@ -7,6 +7,7 @@ from collections.abc import Callable, Sequence
 
 from jax import Array
 
+from fvp.curvature.linearization import Linearization
 from fvp.curvature.problem import Problem
 from fvp.heads import Root
 from fvp.records import Record
@@ -42,8 +43,13 @@ class LinearizedCurvature(Record, abc.ABC):
     def value_and_gradient(self, targets: PyTree, scale: Array) -> tuple[Array, Params]:
         """sum_i w_i nll_i at ``targets``, and its gradient."""
 
+    @property
+    def jacobian(self) -> Linearization | None:
+        """J where C = sum_i w_i J_i^T H_i J_i and J is kept; else None."""
+        return None
+
     def root(self) -> Root | None:
-        """The root of H where C = sum_i w_i J_i^T H_i J_i and J is at hand; else None."""
+        """The root of H where C is of that form and one is known; else None."""
         return None
 
     def transpose_product(self, u: Array, scale: Array) -> Params:

@@ -16,7 +16,7 @@ from fvp.layers.chunks import CHUNK
 from fvp.layers.columns import separated, shares_of
 from fvp.layers.products import einsum
 from fvp.mesh import row_axes
-from fvp.numerics import zeros_of
+from fvp.numerics import widen, zeros_of
 
 if TYPE_CHECKING:
     from jaxtyping import Float
@@ -26,24 +26,40 @@ if TYPE_CHECKING:
 def dense_matrix(operator: CurvatureOperator) -> Float[Array, "P P"]:
     """The matrix in ``ravel_pytree`` order.
 
-    A^T A, where the rows of A are the gradients of examples that layers give in one backward pass
-    for each column of the root of H; by products with unit vectors where that is not to be had.
+    A^T A, where A has a row for each example and column of the root of H: by layers, in one
+    backward pass for each column; where rows meet, or layers are not matched, in one JVP for each
+    parameter. By products with unit vectors where neither is to be had.
     """
     flat, unravel = ravel_pytree(zeros_of(operator.like))
-    found = _captured(operator, flat.size)
-    if found is None:
-        column = lambda e: ravel_pytree(operator.mv(unravel(e)))[0]
-        return jax.vmap(column, out_axes=1)(jnp.eye(flat.size, dtype=flat.dtype))
-    captured, signs = found
+    unit_vectors = jnp.eye(flat.size, dtype=flat.dtype)
+    problem, z = operator.problem, operator.output
+    root, jacobian = operator.linearized.root(), operator.linearized.jacobian
+    split = operator.axis_name is not None or row_axes(z) is not None
+    if problem is None or root is None or jacobian is None or split:
+        return _by_products(operator, unit_vectors, unravel)
+    event_ndim, shares = problem.head.event_ndim, shares_of(problem, z)
+    make = lambda separate: separated(root, jnp.abs(shares), separate, event_ndim)
+    captured = CapturedBatch.of(capture_of(problem), make)
+    if not captured.unmatched and not captured.separate:
+        rows_of = lambda columns: gradient_rows(captured, columns)
+    elif flat.size * z.size <= CHUNK:
+        images = jax.vmap(lambda e: jacobian.jvp(unravel(e)))(unit_vectors)
+        images = widen(images).reshape(flat.size, shares.size, -1)
+        rows_of = lambda columns: einsum(
+            "pei,kei->kep", images, columns.reshape(-1, *images.shape[1:])
+        )
+    else:
+        return _by_products(operator, unit_vectors, unravel)
 
     def products(columns: Array) -> Array:
-        rows = gradient_rows(captured, columns)
-        signed = rows if signs is None else rows * signs.astype(rows.dtype)[:, None]
+        rows = signed = rows_of(columns)
+        if problem.weights is not None:
+            signed = rows * jnp.sign(shares).reshape(-1, 1).astype(rows.dtype)
         rows, signed = (x.reshape(-1, flat.size) for x in (rows, signed))
         return einsum("np,nq->pq", rows, signed)
 
-    size = max(1, CHUNK // max(1, captured.shares.size * flat.size))
-    return captured.columns.sum(products, size).astype(flat.dtype)
+    size = max(1, CHUNK // max(1, shares.size * flat.size))
+    return make(()).sum(products, size).astype(flat.dtype)
 
 
 def gradient_rows(captured: CapturedBatch, columns: Float[Array, "K ..."]) -> Float[Array, "K E P"]:
@@ -56,23 +72,6 @@ def gradient_rows(captured: CapturedBatch, columns: Float[Array, "K ..."]) -> Fl
     return jnp.concatenate([row.reshape(*front, -1) for row in rows], axis=2)
 
 
-def _captured(
-    operator: CurvatureOperator, size: int
-) -> tuple[CapturedBatch, Float[Array, " E"] | None] | None:
-    """The batch with the columns of the absolute weights, and the signs of the weights.
-
-    None where as many backward passes would be taken as there are parameters, ``size``.
-    """
-    problem, root = operator.problem, operator.linearized.root()
-    if problem is None or root is None or operator.axis_name is not None:
-        return None
-    if row_axes(operator.output) is not None:
-        return None
-    shares = shares_of(problem, operator.output)
-    make = lambda separate: separated(root, jnp.abs(shares), separate, problem.head.event_ndim)
-    captured = CapturedBatch.of(capture_of(problem), make)
-    if captured.unmatched or captured.columns.number >= size:
-        return None
-    if problem.weights is None:
-        return captured, None
-    return None if captured.separate else (captured, jnp.sign(shares).ravel())
+def _by_products(operator: CurvatureOperator, unit_vectors: Array, unravel: Any) -> Array:
+    column = lambda e: ravel_pytree(operator.mv(unravel(e)))[0]
+    return jax.vmap(column, out_axes=1)(unit_vectors)

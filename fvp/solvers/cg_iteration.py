@@ -269,13 +269,15 @@ class _Iteration:
         rounded = self._is_rounded()
         scaled = self._to_y(direction)
         products = lambda: (self._dot(scaled, scaled), self._dot(scaled, c.residual))
-        if rounded:
-            pp, slope = products()
-        else:
-            # The residual is orthogonal to the last direction, unless that was rounded.
-            pp = lambda: c.rr + c.beta * c.beta * c.pp
-            pp = pp if self.system.M is None else lambda: self._dot(scaled, scaled)
-            pp, slope = jax.lax.cond(c.starting, products, lambda: (pp(), c.rz))
+
+        def recurrences() -> tuple[Array, Array]:
+            if self.system.M is not None:
+                return self._dot(scaled, scaled), c.rz
+            return c.rr + c.beta * c.beta * c.pp, c.rz
+
+        # The residual is orthogonal to the last direction, unless that was rounded.
+        by_recurrence = jnp.array(False) if rounded else ~c.starting
+        pp, slope = jax.lax.cond(by_recurrence, recurrences, products)
         # The damping never enters a vector of its own: a pass over memory less.
         pap = form + self.system.damping * pp
         steepest = jnp.maximum(c.steepest, pap / pp)

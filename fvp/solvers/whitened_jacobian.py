@@ -79,7 +79,9 @@ class WhitenedJacobian:
 
     @property
     def _model(self) -> Linearization:
-        return self.operator.linearized.model  # pyright: ignore[reportAttributeAccessIssue]
+        jacobian = self.operator.linearized.jacobian
+        assert jacobian is not None
+        return jacobian
 
     def _examples(self) -> int:
         return self.captured.shares.size
