@@ -29,14 +29,20 @@ FAULTS = (
     "zero inputs",
 )
 
+
+def natural_gradient(model, **options):
+    """With the rule of full batches: of that for noise "defaults" is enough."""
+    return fvp.natural_gradient(1.0, model, HEAD, damping=fvp.LevenbergMarquardt(), **options)
+
+
 CONFIGURATIONS = {
     "defaults": lambda model: fvp.natural_gradient(1.0, model, HEAD),
-    "untried": lambda model: fvp.natural_gradient(1.0, model, HEAD),
-    "dense": lambda model: fvp.natural_gradient(1.0, model, HEAD, solver="dense"),
-    "dual": lambda model: fvp.natural_gradient(1.0, model, HEAD, solver="dual"),
+    "untried": lambda model: natural_gradient(model),
+    "dense": lambda model: natural_gradient(model, solver="dense"),
+    "dual": lambda model: natural_gradient(model, solver="dual"),
     "max_kl": lambda model: fvp.natural_gradient(1.0, model, HEAD, max_kl=0.01),
     "geodesic": lambda model: fvp.natural_gradient(1.0, model, HEAD, geodesic=True),
-    "plane": lambda model: fvp.natural_gradient(1.0, model, HEAD, momentum="quadratic"),
+    "plane": lambda model: natural_gradient(model, momentum="quadratic"),
     "search": lambda model: fvp.natural_gradient(
         1.0, model, HEAD, solver="dense", line_search="loss"
     ),

@@ -62,8 +62,12 @@ def problem(name="softmax"):
 
 @functools.cache
 def adaptive(p, **options):
-    """One object for each set of options: tests that share it share its program."""
-    return fvp.scale_by_fisher(p.model_fn, p.head, **options)
+    """One object for each set of options: tests that share it share its program.
+
+    Levenberg-Marquardt is named where nothing is: noise has tests of its own.
+    """
+    rule = {} if "line_search" in options else {"damping": fvp.LevenbergMarquardt()}
+    return fvp.scale_by_fisher(p.model_fn, p.head, **{**rule, **options})
 
 
 def metric(gradients):
