@@ -33,10 +33,13 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import optax
 from flax.training import train_state
+
+from fvp.batch_statistics import mean_statistics
 
 
 class TrainState(train_state.TrainState):
@@ -58,3 +61,37 @@ class TrainState(train_state.TrainState):
         )
         state = super(TrainState, self.replace(tx=bound)).apply_gradients(grads=grads, **changes)
         return state.replace(tx=self.tx)
+
+
+def estimate_batch_statistics(
+    update: Callable[[Any, Any], Any], statistics: Any, batches: Iterable[Any]
+) -> Any:
+    """The statistics of BatchNorm layers as means over ``batches``, at the parameters as they are.
+
+    Before an evaluation: the running averages lag behind the parameters, the more the longer the
+    steps. Costs a forward pass for each batch.
+
+    Args:
+      update: ``update(statistics, batch)`` are those after a training pass.
+      statistics: the collection "batch_stats".
+      batches: what ``update`` reads, one at a time.
+
+    Returns:
+      A tree like ``statistics``.
+
+    Raises:
+      ValueError: without batches, or where a pass leaves the statistics as they are.
+
+    Example:
+      >>> import jax, jax.numpy as jnp, fvp.linen
+      >>> from flax import linen as nn
+      >>> x, module = jnp.array([[1.0], [3.0]]), nn.BatchNorm(use_running_average=False)
+      >>> variables = module.init(jax.random.key(0), x)
+      >>> def update(statistics, x):
+      ...     new = {**variables, "batch_stats": statistics}
+      ...     return module.apply(new, x, mutable="batch_stats")[1]["batch_stats"]
+      >>> found = fvp.linen.estimate_batch_statistics(update, variables["batch_stats"], [x])
+      >>> print(found["mean"].round(3), found["var"].round(3))
+      [2.] [1.]
+    """
+    return mean_statistics(update, statistics, batches)

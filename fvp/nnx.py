@@ -25,12 +25,14 @@ Example:
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Iterable
 from typing import Any, NamedTuple
 
 import jax
 import numpy as np
 from flax import nnx
 
+from fvp.batch_statistics import mean_statistics
 from fvp.compatibility import pure_state
 
 
@@ -89,6 +91,40 @@ def model_fn(params: Any, batch: Snapshot) -> Any:
         lambda x: x.value if is_constant(x) else x, batch.inputs, is_leaf=is_constant
     )
     return nnx.merge(batch.graphdef, params, batch.rest)(*args, **kwargs)
+
+
+def estimate_batch_statistics(model: nnx.Module, batches: Iterable[Any]) -> None:
+    """Sets the statistics of the BatchNorm layers of ``model`` to their means over ``batches``.
+
+    Before an evaluation: the running averages lag behind the parameters, the more the longer the
+    steps. Costs a forward pass in training mode for each batch; dropout stays as it is.
+
+    Args:
+      model: NNX module, changed in place.
+      batches: what the module is called with, one at a time; a tuple is several arguments.
+
+    Raises:
+      ValueError: without batches.
+
+    Example:
+      >>> import jax.numpy as jnp, fvp.nnx
+      >>> from flax import nnx
+      >>> model = nnx.BatchNorm(1, rngs=nnx.Rngs(0))
+      >>> x = jnp.array([[1.0], [3.0]], jnp.float32)
+      >>> fvp.nnx.estimate_batch_statistics(model, [x])
+      >>> print(model.mean[...].round(3), model.var[...].round(3))
+      [2.] [1.]
+    """
+    graphdef, averages, rest = nnx.split(model, nnx.BatchStat, ...)
+    averages, rest = pure_state(averages), pure_state(rest)
+
+    def update(averages: Any, batch: Any) -> Any:
+        copy = nnx.merge(graphdef, averages, rest)
+        copy.set_attributes(use_running_average=False, raise_if_not_found=False)
+        copy(*(batch if isinstance(batch, tuple) else (batch,)))
+        return pure_state(nnx.state(copy, nnx.BatchStat))
+
+    nnx.update(model, mean_statistics(update, averages, batches))
 
 
 def _is_array(x: Any) -> bool:

@@ -185,3 +185,70 @@ def test_flax_serialization_restores_the_state(kind):
         other = fvp.scale_by_kfac(lambda p, x: x @ p, HEAD, example_batch=x).init(params["w"])
         with pytest.raises(ValueError, match=r"KFAC.*arrays"):
             serialization.from_state_dict(other, serialization.to_state_dict(state))
+
+
+# Batch statistics --------------------------------------------------------------------------------
+
+
+class Normalised(nnx.Module):
+    def __init__(self, rngs):
+        self.inner = nnx.Linear(3, 4, rngs=rngs)
+        self.norm = nnx.BatchNorm(4, momentum=0.97, rngs=rngs)
+        self.dropout = nnx.Dropout(0.5, deterministic=True, rngs=rngs)
+
+    def __call__(self, x, scale=1.0):
+        return self.dropout(jnp.tanh(self.norm(scale * self.inner(x))))
+
+
+BATCHES = [
+    jnp.asarray(np.random.default_rng(k).normal(k, 1 + k, size=(6, 3)), jnp.float32)
+    for k in range(3)
+]
+
+
+def moments_of(activations):
+    return np.mean([a.mean(0) for a in activations], 0), np.mean([a.var(0) for a in activations], 0)
+
+
+def test_batch_statistics_are_the_means_of_those_of_the_batches():
+    model = Normalised(nnx.Rngs(0))
+    mean, var = moments_of([2 * np.asarray(model.inner(x)) for x in BATCHES])
+    generators = jax.tree.map(np.asarray, nnx.state(model, nnx.RngCount))
+    model.eval()
+    fvp.nnx.estimate_batch_statistics(model, ((x, 2.0) for x in BATCHES))
+    np.testing.assert_allclose(model.norm.mean[...], mean, rtol=1e-4)
+    np.testing.assert_allclose(model.norm.var[...], var, rtol=1e-4)
+    assert model.norm.use_running_average  # still in evaluation
+    jax.tree.map(np.testing.assert_array_equal, nnx.state(model, nnx.RngCount), generators)
+
+
+def test_with_the_statistics_of_one_batch_evaluation_is_training():
+    model = Normalised(nnx.Rngs(0))
+    model.norm.use_running_average = False
+    trained = model(BATCHES[1])
+    fvp.nnx.estimate_batch_statistics(model, BATCHES[1:2])
+    model.eval()
+    np.testing.assert_allclose(model(BATCHES[1]), trained, rtol=1e-4, atol=1e-5)
+
+
+def test_batch_statistics_of_linen_models():
+    layers = linen.Dense(4), linen.BatchNorm(use_running_average=False, momentum=0.9)
+    module = linen.Sequential(layers)
+    variables = module.init(jax.random.key(0), BATCHES[0])
+
+    def update(statistics, x):
+        new = {**variables, "batch_stats": statistics}
+        return module.apply(new, x, mutable="batch_stats")[1]["batch_stats"]
+
+    found = fvp.linen.estimate_batch_statistics(update, variables["batch_stats"], BATCHES)
+    dense = variables["params"]["layers_0"]
+    activations = [np.asarray(x @ dense["kernel"] + dense["bias"]) for x in BATCHES]
+    for name, expected in zip(("mean", "var"), moments_of(activations), strict=True):
+        np.testing.assert_allclose(found["layers_1"][name], expected, rtol=1e-4)
+
+
+def test_bad_batches_of_statistics():
+    with pytest.raises(ValueError, match="at least one"):
+        fvp.nnx.estimate_batch_statistics(Normalised(nnx.Rngs(0)), [])
+    with pytest.raises(ValueError, match="training mode"):
+        fvp.linen.estimate_batch_statistics(lambda s, x: s, {"mean": jnp.ones(2)}, BATCHES)
