@@ -76,6 +76,6 @@ def total_bytes(found, kind, in_loop=None):
 
 
 def loop_state_shapes(compiled):
-    """The shapes, on one device, of all arrays that the program's largest loop carries."""
+    """For each loop of the program the shapes, on one device, of all arrays that it carries."""
     states = re.findall(r" = (\(.*?\)) while\(", compiled.as_text())
-    return max(([shape for _, shape in _arrays(state)] for state in states), key=len)
+    return [[shape for _, shape in _arrays(state)] for state in states]

@@ -206,9 +206,10 @@ def test_parameters_are_gathered_only_where_the_gradient_gathers_them(layout, ax
 @sharded_layouts
 def test_conjugate_gradient_vectors_are_sharded_as_the_parameters(layout, axis_type):
     at = placed(layout, axis_type)
-    carried = loop_state_shapes(at.solve)
+    loops = loop_state_shapes(at.solve)
     # The first layer's weights are no residual of the model, so that only vectors have its shape.
     local_shape = at.shardings["w1"].shard_shape(PARAMS["w1"].shape)
-    assert carried.count(local_shape) == 3  # solution, residual, direction
-    assert PARAMS["w1"].shape not in carried
+    # Solution, residual, direction; and the loop of a norm has one vector.
+    assert sorted(carried.count(local_shape) for carried in loops)[-2:] == [1, 3]
+    assert all(PARAMS["w1"].shape not in carried for carried in loops)
     assert at.holds(at.solve.output_shardings)

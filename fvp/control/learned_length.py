@@ -49,12 +49,11 @@ class LearnedLength(NamedTuple):
     def learned(self, slope: Array, whitened: Array) -> LearnedLength:
         """After the slopes of a fresh gradient along the last direction: above zero is downhill.
 
-        Slopes of before the first step say nothing.
         ``whitened`` is that of the gradient over its noise, coordinate by coordinate.
         """
         both = jnp.stack([slope, whitened]).astype(jnp.float32)
         powers = jnp.square(both)
-        known = jnp.all(jnp.isfinite(powers)) & (both[0] != 0) & (self.length > 0)
+        known = jnp.all(jnp.isfinite(powers)) & (both[0] != 0)
         sums = _MEMORY * jnp.stack([self.squares_of_slopes, self.squares_of_whitened])
         sums += jnp.where(known, powers, 0)
         weight = _MEMORY * self.weight_of_squares + known
