@@ -26,7 +26,19 @@ from fvp.curvature import (
     hessian,
     mc_fisher,
 )
-from fvp.heads import Gaussian, Head, LearnedScaleGaussian, NaturalHead, Root, Sigmoid, Softmax
+from fvp.heads import (
+    ExponentialFamily,
+    Gaussian,
+    Head,
+    LearnedScaleGaussian,
+    Multinomial,
+    NaturalHead,
+    Poisson,
+    Root,
+    Sigmoid,
+    Softmax,
+    StudentT,
+)
 from fvp.layers import KFAC, Coverage, KFACInverse, fisher_diagonal, kfac
 from fvp.preconditioners import (
     Jacobi,
@@ -69,6 +81,7 @@ __all__ = [
     "Dense",
     "Dual",
     "EmpiricalCurvature",
+    "ExponentialFamily",
     "FisherCurvature",
     "FixedDamping",
     "Gaussian",
@@ -80,10 +93,12 @@ __all__ = [
     "KFACState",
     "LearnedScaleGaussian",
     "LevenbergMarquardt",
+    "Multinomial",
     "NaturalGradientState",
     "NaturalHead",
     "Observation",
     "OutputCurvature",
+    "Poisson",
     "Preconditioner",
     "Problem",
     "ReductionRatio",
@@ -91,6 +106,7 @@ __all__ = [
     "SampledCurvature",
     "Sigmoid",
     "Softmax",
+    "StudentT",
     "cg",
     "diagonal_preconditioner",
     "empirical_fisher",

@@ -64,6 +64,56 @@ def gaussian_log_prob(precision, z, y):
     return -0.5 * r @ precision @ r + 0.5 * log_det - 0.5 * r.size * jnp.log(2 * jnp.pi)
 
 
+def poisson_log_prob(z, y):
+    return jnp.sum(y * z - jnp.exp(z) - jax.scipy.special.gammaln(y + 1))
+
+
+def poisson_divergence(z, z_new):
+    return jnp.exp(z) * (z - z_new) + jnp.exp(z_new) - jnp.exp(z)
+
+
+def multinomial_log_prob(z, y):
+    factorials = jax.scipy.special.gammaln(jnp.append(y, jnp.sum(y)) + 1)
+    return softmax_rows_log_prob(z, y) + factorials[-1] - jnp.sum(factorials[:-1])
+
+
+def student_t_log_prob(df, scale, z, y):
+    r, log_gamma = (y - z) / scale, jax.scipy.special.gammaln
+    constant = log_gamma((df + 1) / 2) - log_gamma(df / 2) - 0.5 * jnp.log(df * jnp.pi)
+    return jnp.sum(constant - jnp.log(scale) - (df + 1) / 2 * jnp.log(1 + r**2 / df))
+
+
+class StudentTIntegrals:
+    """Expectations over y = z + scale sqrt(df) tan(theta), by Gauss-Legendre quadrature in theta.
+
+    For whole df the integrands are analytic up to the ends.
+    """
+
+    def __init__(self, df, scale):
+        x, w = np.polynomial.legendre.leggauss(400)
+        self.df, self.scale, self.tan = df, scale, np.tan(np.pi / 2 * x)[:, None]
+        density = w[:, None] * np.cos(np.pi / 2 * x)[:, None] ** (df - 1)
+        self.weights = density / density.sum(0)
+
+    def variance(self, z):
+        score = (self.df + 1) * self.tan / (np.sqrt(self.df) * self.scale * (1 + self.tan**2))
+        return jnp.sum(self.weights * score**2, 0) + 0 * z
+
+    def divergence(self, z, z_new):
+        shift = (z_new - z) / (self.scale * np.sqrt(self.df))
+        log_ratio = jnp.log((1 + (self.tan - shift) ** 2) / (1 + self.tan**2))
+        return (self.df + 1) / 2 * jnp.sum(self.weights * log_ratio, 0)
+
+
+@dataclasses.dataclass(frozen=True)
+class Independent:
+    """Of independent outputs: variance of the score, KL and mean of each."""
+
+    variance: Callable
+    divergence: Callable
+    mean: Callable
+
+
 @dataclasses.dataclass(frozen=True, eq=False)
 class Case:
     """One output distribution: the library's head by name, and its definition on flat rows."""
@@ -75,6 +125,7 @@ class Case:
     log_prob: Callable
     outcomes: np.ndarray | None = None  # every y, for the discrete ones
     precision: np.ndarray | None = None  # of the Gaussians
+    independent: Independent | None = None  # of other infinite outcomes
 
     @property
     def head(self):
@@ -96,6 +147,10 @@ class Case:
             return jnp.asarray(rng.dirichlet(np.ones(self.size), batch_axes))
         if self.family == "Sigmoid":
             return jnp.asarray(rng.integers(0, 2, shape).astype(float))
+        if self.family == "Multinomial":
+            return jnp.asarray(rng.choice(self.outcomes, batch_axes))
+        if self.family in ("Poisson", "ExponentialFamily"):
+            return jnp.asarray(rng.poisson(2.0, shape).astype(float))
         return jnp.asarray(rng.normal(size=shape))
 
     def rows(self, y):
@@ -110,18 +165,24 @@ class Case:
 
     def fisher(self, z):
         """E_y[score score^T] of one flat row: (E, E)."""
+        if self.independent is not None:
+            return jnp.diag(self.independent.variance(z))
         if self.outcomes is None:
             return jnp.asarray(self.precision)  # E[P e e^T P] with e ~ N(0, P^-1)
         scores = jax.vmap(lambda y: self.score(z, y))(self.outcomes)
         return jnp.einsum("y,yi,yj->ij", self.probabilities(z), scores, scores)
 
     def kl(self, z, z_new):
+        if self.independent is not None:
+            return jnp.sum(self.independent.divergence(z, z_new))
         if self.outcomes is None:
             return 0.5 * (z_new - z) @ self.precision @ (z_new - z)
         log_ratio = jax.vmap(lambda y: self.log_prob(z, y) - self.log_prob(z_new, y))
         return jnp.sum(self.probabilities(z) * log_ratio(self.outcomes))
 
     def mean(self, z):
+        if self.independent is not None:
+            return self.independent.mean(z)
         if self.outcomes is None:
             return z
         values = np.eye(self.size) if self.integer_targets else self.outcomes
@@ -142,6 +203,30 @@ def _gaussian(name, event_shape, matrix, **arguments):
     return Case(name, "Gaussian", arguments, event_shape, log_prob, precision=matrix)
 
 
+def _student_t(name, event_shape, df, scale, **arguments):
+    log_prob = functools.partial(student_t_log_prob, df.ravel(), scale.ravel())
+    integrals = StudentTIntegrals(df.ravel(), scale.ravel())
+    independent = Independent(integrals.variance, integrals.divergence, lambda z: z)
+    arguments = {"df": df, "scale": scale} | arguments
+    return Case(name, "StudentT", arguments, event_shape, log_prob, independent=independent)
+
+
+def _counts(size, total):
+    return np.array(
+        [y for y in itertools.product(range(total + 1), repeat=size) if sum(y) == total]
+    )
+
+
+def _sample_counts(key, z):
+    return jax.random.poisson(key, jnp.exp(z)).astype(z.dtype)
+
+
+POISSON = Independent(jnp.exp, poisson_divergence, jnp.exp)
+_POISSON_FAMILY = {
+    "log_partition": lambda z: jnp.sum(jnp.exp(z)),
+    "sufficient_statistic": lambda y: y,
+    "sampler": _sample_counts,
+}
 _SCALES = np.array([0.5, 1.3, 2.0])
 _SCALE_GRID = np.array([[0.5, 1.3], [2.0, 0.8]])
 _PRECISION = np.array([[2.0, 0.6, -0.3], [0.6, 1.5, 0.4], [-0.3, 0.4, 0.9]])
@@ -166,6 +251,33 @@ CASES = {
             event_ndim=2,
         ),
         _gaussian("gaussian-precision", (3,), _PRECISION, precision=_PRECISION),
+        Case("poisson", "Poisson", {}, (3,), poisson_log_prob, independent=POISSON),
+        _student_t("student-t", (3,), np.array([3.0, 5.0, 30.0]), _SCALES),
+        _student_t("student-t-0d", (), np.array(4.0), np.array(0.7), event_ndim=0),
+        Case(
+            "multinomial",
+            "Multinomial",
+            {"total": 4},
+            (3,),
+            multinomial_log_prob,
+            outcomes=_counts(3, 4).astype(float),
+        ),
+        Case(
+            "exponential-family",  # of independent counts, without their base measure
+            "ExponentialFamily",
+            _POISSON_FAMILY,
+            (3,),
+            lambda z, y: jnp.sum(y * z - jnp.exp(z)),
+            independent=POISSON,
+        ),
+        Case(
+            "exponential-family-2d",
+            "ExponentialFamily",
+            _POISSON_FAMILY | {"event_ndim": 2},
+            (2, 2),
+            lambda z, y: jnp.sum(y * z - jnp.exp(z)),
+            independent=POISSON,
+        ),
     ]
 }
 

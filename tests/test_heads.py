@@ -243,7 +243,7 @@ def test_float32_kl_keeps_its_digits(case):
         assert actual.dtype == jnp.float32
         assert (actual >= 0).all()
         # The definition's sum loses nine digits at 1e-8; atol is what float64 keeps of it.
-        np.testing.assert_allclose(actual, definition(*z64), rtol=1e-3, atol=3e-15)
+        np.testing.assert_allclose(actual, definition(*z64), rtol=1e-3, atol=1e-14)
 
 
 # --- Extreme logits and narrow dtypes ---------------------------------------------------------
@@ -362,6 +362,176 @@ def test_samples_are_targets_of_the_same_dtype(case, dtype):
     else:
         assert sample.dtype == dtype
     assert jax.eval_shape(case.head.nll, z, sample).dtype == dtype
+
+
+@pytest.mark.parametrize("name", ["poisson", "student-t", "multinomial"])
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16, jnp.float64])
+def test_everything_is_finite_at_extreme_outputs(name, dtype):
+    case = CASES[name]
+    z = jnp.asarray([[1e4, -1e4, 0.0], [-1e4, -1e4, 1e4], [0.0, 1e4, 1e4]], dtype)
+    y = case.targets(np.random.default_rng(0), (3,)).astype(dtype)
+    actual = methods(case, z, y, jnp.ones_like(z), -z)
+    gradient = jax.grad(lambda z: case.head.nll(z, y).astype(jnp.float32).sum())(z)
+    for value in (*actual.values(), gradient, methods(case, z, y, z, z)["kl"]):
+        assert value.dtype == dtype
+        assert jnp.isfinite(value).all()
+    np.testing.assert_allclose(gradient, -actual["score"], rtol=1e-6)
+
+
+def test_poisson_keeps_its_derivatives_where_the_rate_ends():
+    z, y, u = jnp.asarray([[500.0]]), jnp.asarray([[3.0]]), jnp.ones((1, 1))
+    head = fvp.Poisson()
+    gradient = jax.grad(lambda z: head.nll(z, y).sum())
+    assert gradient(z) > 1e150
+    np.testing.assert_array_equal(gradient(z), -head.score(z, y))
+    hessian = jax.jvp(gradient, (z,), (u,))[1]
+    np.testing.assert_array_equal(hessian, head.hessian(z, y, u))
+    np.testing.assert_array_equal(hessian, head.fisher(z, u))
+
+
+def test_poisson_nll_equals_scipy():
+    z = jnp.asarray(np.random.default_rng(0).normal(size=(5, 3)))
+    y = jnp.arange(15).reshape(5, 3)
+    expected = -scipy.stats.poisson.logpmf(y, np.exp(z)).sum(-1)
+    np.testing.assert_allclose(fvp.Poisson().nll(z, y), expected, rtol=1e-13)
+
+
+def test_multinomial_nll_equals_scipy():
+    z = jnp.asarray(np.random.default_rng(0).normal(size=(2, 3)))
+    y = jnp.asarray([[2, 0, 3], [1, 4, 0]])
+    expected = -scipy.stats.multinomial.logpmf(y, 5, scipy.special.softmax(z, -1))
+    np.testing.assert_allclose(fvp.Multinomial(5).nll(z, y), expected, rtol=1e-13)
+
+
+def test_a_multinomial_of_one_draw_is_the_softmax_and_any_other_a_weighted_one():
+    rng = np.random.default_rng(0)
+    z, u, z_new = jnp.asarray(rng.normal(size=(3, 4, 3)))
+    y = jnp.asarray(rng.multinomial(7, [0.2, 0.3, 0.5], 4))
+    many, one, softmax = fvp.Multinomial(7), fvp.Multinomial(1), fvp.Softmax()
+    for name, arguments in (("fisher", (u,)), ("kl", (z_new,))):
+        expected = getattr(softmax, name)(z, *arguments)
+        np.testing.assert_allclose(getattr(one, name)(z, *arguments), expected, rtol=1e-13)
+        np.testing.assert_allclose(getattr(many, name)(z, *arguments), 7 * expected, rtol=1e-13)
+    np.testing.assert_allclose(many.score(z, y), 7 * softmax.score(z, y / 7), rtol=1e-12)
+    # Counts of another sum count by it, in every derivative of the nll.
+    gradient = jax.grad(lambda z: many.nll(z, 2 * y).sum())
+    np.testing.assert_allclose(gradient(z), -many.score(z, 2 * y), rtol=1e-12)
+    hessian = jax.jvp(gradient, (z,), (u,))[1]
+    np.testing.assert_allclose(hessian, many.hessian(z, 2 * y, u), rtol=1e-12)
+    np.testing.assert_allclose(hessian, 2 * many.fisher(z, u), rtol=1e-12)
+
+
+@pytest.mark.parametrize("df", [0.5, 1.0, 2.5, 80.0, 1e5])
+def test_student_t_nll_equals_scipy(df):
+    z, y = np.random.default_rng(0).normal(size=(2, 5, 3))
+    expected = -scipy.stats.t.logpdf(y, df, z, 0.7).sum(-1)
+    np.testing.assert_allclose(fvp.StudentT(df, 0.7).nll(z, y), expected, rtol=1e-9)
+    in_float32 = fvp.StudentT(df, 0.7).nll(*(jnp.asarray(x, jnp.float32) for x in (z, y)))
+    np.testing.assert_allclose(in_float32, expected, rtol=1e-4)
+
+
+# The KL divergence at shifts of 0.5, 30 and 1e4 scale sqrt(df), by mpmath at 25 digits.
+STUDENT_T_KL = {
+    0.3: (0.014423035624723218, 1.9652445769110896, 8.512268878232275),
+    2.0: (0.14432437366786247, 9.278902850828969, 26.710462531560154),
+    30.0: (3.2031000049471294, 104.92844541663175, 284.9952786763176),
+    1e6: (111571.62722898493, 3401755.530002339, 9210349.087315805),
+}
+
+
+@pytest.mark.parametrize("df", STUDENT_T_KL)
+def test_student_t_kl_at_every_distance(df):
+    head, scale = fvp.StudentT(df, 2.0), 2.0 * np.sqrt(df)
+    for shift, expected in zip((0.5, 30.0, 1e4), STUDENT_T_KL[df], strict=True):
+        far, zero = jnp.asarray([[scale * shift]]), jnp.zeros((1, 1))
+        for z, z_new in ((far, zero), (zero, far)):
+            np.testing.assert_allclose(head.kl(z, z_new), [expected], rtol=1e-5)
+            narrow = head.kl(z.astype(jnp.float32), z_new.astype(jnp.float32))
+            np.testing.assert_allclose(narrow, [expected], rtol=1e-4)
+
+
+def test_student_t_kl_of_cauchy_distributions_is_elementary():
+    z = jnp.linspace(-30, 30, 40)[:, None]
+    expected = np.log1p(z[:, 0] ** 2 / 4)
+    np.testing.assert_allclose(fvp.StudentT(1.0).kl(0 * z, z), expected, rtol=1e-8)
+
+
+def test_student_t_of_many_degrees_of_freedom_is_the_gaussian():
+    z, y, u = jnp.asarray(np.random.default_rng(0).normal(size=(3, 4, 2)))
+    student, gaussian = fvp.StudentT(1e9, 0.7), fvp.Gaussian(0.7)
+    for name, arguments in (("nll", (y,)), ("fisher", (u,)), ("hessian", (y, u)), ("kl", (y,))):
+        expected = getattr(gaussian, name)(z, *arguments)
+        np.testing.assert_allclose(getattr(student, name)(z, *arguments), expected, rtol=1e-6)
+
+
+# --- Exponential families ---------------------------------------------------------------------
+
+LOG_SUM = fvp.ExponentialFamily(jax.nn.logsumexp, lambda y: y)
+
+
+def test_the_exponential_family_of_logsumexp_is_the_softmax():
+    rng = np.random.default_rng(0)
+    z, u, z_new = jnp.asarray(rng.normal(size=(3, 2, 4, 3)))
+    y = jax.nn.one_hot(rng.integers(0, 3, (2, 4)), 3)
+    softmax = fvp.Softmax()
+    for name, arguments in (
+        ("nll", (y,)),
+        ("mean", ()),
+        ("score", (y,)),
+        ("fisher", (u,)),
+        ("hessian", (y, u)),
+        ("kl", (z_new,)),
+    ):
+        expected = getattr(softmax, name)(z, *arguments)
+        assert relative_error(getattr(LOG_SUM, name)(z, *arguments), expected) < 1e-12
+    square = LOG_SUM.sqrt_fisher(z, LOG_SUM.sqrt_fisher_transpose(z, u))
+    assert relative_error(square, softmax.fisher(z, u)) < 1e-12
+
+
+def test_an_exponential_family_takes_targets_of_any_shape():
+    """A normal distribution of unknown mean and variance, of a pair of numbers."""
+    log_partition = lambda z: -(z[0] ** 2) / (2 * z[1]) - jnp.log(-2 * z[1])
+    head = fvp.ExponentialFamily(log_partition, lambda y: jnp.stack([jnp.sum(y), jnp.sum(y**2)]))
+    mean, variance = 0.3, 1.7
+    z = jnp.asarray([[mean / variance, -1 / (2 * variance)]] * 4)
+    y = jnp.asarray(np.random.default_rng(0).normal(size=(4, 2)))
+    expected = -scipy.stats.norm.logpdf(y, mean, np.sqrt(variance)).sum(-1)
+    base = np.log(2 * np.pi)  # minus log h of two numbers
+    np.testing.assert_allclose(head.nll(z, y) + base, expected, rtol=1e-12)
+
+
+def test_an_exponential_family_says_what_does_not_fit():
+    z, y = jnp.zeros((4, 3)), jnp.zeros((4, 3))
+    with pytest.raises(ValueError, match=r"log_partition: expected a scalar"):
+        fvp.ExponentialFamily(lambda z: z, lambda y: y).nll(z, y)
+    with pytest.raises(ValueError, match=r"sufficient_statistic: expected the event shape"):
+        fvp.ExponentialFamily(jnp.sum, lambda y: y[:2]).nll(z, y)
+    with pytest.raises(ValueError, match=r"targets: .* batch axes of z first"):
+        LOG_SUM.nll(z, y[:3])
+    with pytest.raises(ValueError, match=r"sampler: .* draws no targets without one"):
+        LOG_SUM.sample(jax.random.key(0), z)
+    with pytest.raises(TypeError, match=r"log_partition: expected a function"):
+        fvp.ExponentialFamily(1.0, lambda y: y)
+
+
+@pytest.mark.parametrize("name", ["df", "scale"])
+def test_student_t_says_what_does_not_fit(name):
+    fields = {"df": 3.0, "scale": 1.0}
+    with pytest.raises(ValueError, match=f"{name}: expected .*positive"):
+        fvp.StudentT(**fields | {name: -1.0})
+    with pytest.raises(ValueError, match=f"{name}: expected a number or an array over the event"):
+        fvp.StudentT(**fields | {name: np.ones((2, 3))})
+    with pytest.raises(ValueError, match=rf"StudentT\({name} of shape \(2,\)\)"):
+        fvp.StudentT(**fields | {name: np.ones(2)}).mean(jnp.zeros((4, 3)))
+
+
+def test_multinomial_says_what_does_not_fit():
+    with pytest.raises(ValueError, match=r"total: .* one number .* Softmax with rows"):
+        fvp.Multinomial(np.ones(3))
+    with pytest.raises(ValueError, match=r"total: expected one draw or more, got 0"):
+        fvp.Multinomial(0)
+    with pytest.raises(ValueError, match="two classes"):
+        fvp.Multinomial(3).mean(jnp.zeros((4, 1)))
 
 
 # --- Targets at the edge ----------------------------------------------------------------------
@@ -589,7 +759,16 @@ def test_softmax_of_many_rows_equals_numpy():
 
 # --- Heads as records -------------------------------------------------------------------------
 
-HEADS = [fvp.Softmax(), fvp.Sigmoid(), fvp.Sigmoid(event_ndim=2), fvp.Gaussian(scale=2.0)]
+HEADS = [
+    fvp.Softmax(),
+    fvp.Sigmoid(),
+    fvp.Sigmoid(event_ndim=2),
+    fvp.Gaussian(scale=2.0),
+    fvp.Poisson(),
+    fvp.StudentT(4.0, 2.0),
+    fvp.Multinomial(5),
+    CASES["exponential-family"].head,
+]
 every_head = pytest.mark.parametrize("head", HEADS, ids=str)
 
 

@@ -1,18 +1,26 @@
 """Output distributions: the first step of the library, which depends on nothing but numerics."""
 
+from fvp.heads.exponential_family import ExponentialFamily
 from fvp.heads.gaussian import Gaussian
 from fvp.heads.head import Head, NaturalHead
 from fvp.heads.learned_scale_gaussian import LearnedScaleGaussian
+from fvp.heads.multinomial import Multinomial
+from fvp.heads.poisson import Poisson
 from fvp.heads.root import Root
 from fvp.heads.sigmoid import Sigmoid
 from fvp.heads.softmax import Softmax
+from fvp.heads.student_t import StudentT
 
 __all__ = [
+    "ExponentialFamily",
     "Gaussian",
     "Head",
     "LearnedScaleGaussian",
+    "Multinomial",
     "NaturalHead",
+    "Poisson",
     "Root",
     "Sigmoid",
     "Softmax",
+    "StudentT",
 ]

@@ -13,6 +13,7 @@ from jax import Array
 from jax.core import Tracer
 from jax.typing import ArrayLike, DTypeLike
 
+from fvp.heads.event_fields import check_fits_event, check_positive
 from fvp.heads.head import NaturalHead, check_event_ndim
 from fvp.heads.root import Root, flat_events, unit_columns
 from fvp.typing import ArrayOrShape
@@ -47,7 +48,8 @@ class Gaussian(NaturalHead):
         if self.precision is None:
             if self.scale is None:
                 object.__setattr__(self, "scale", 1.0)
-            _check_scale(self.scale, self.event_ndim)
+            what = "a positive standard deviation"
+            check_positive(self.scale, "scale", what, self.event_ndim)
         elif self.scale is not None:
             raise ValueError("scale, precision: Gaussian takes one of the two, got both.")
         elif self.event_ndim != 1:
@@ -58,8 +60,8 @@ class Gaussian(NaturalHead):
             _check_precision(self.precision)
 
     def _check_event(self, z: ArrayOrShape, name: str) -> None:
-        event = z.shape[z.ndim - self.event_ndim :]
         if self.precision is not None:
+            event = z.shape[z.ndim - self.event_ndim :]
             if jnp.shape(self.precision) != event * 2:
                 raise ValueError(
                     f"{name}: Gaussian(precision of shape {jnp.shape(self.precision)}) expects"
@@ -67,15 +69,7 @@ class Gaussian(NaturalHead):
                     f" {z.shape}."
                 )
             return
-        try:
-            fits = np.broadcast_shapes(jnp.shape(self.scale), event) == event
-        except ValueError:
-            fits = False
-        if not fits:
-            raise ValueError(
-                f"{name}: Gaussian(scale of shape {jnp.shape(self.scale)}) does not broadcast to"
-                f" the event axes {event} of z of shape {z.shape}."
-            )
+        check_fits_event(self.scale, "scale", "Gaussian", z, self.event_ndim, name)
 
     def _multiply(self, factor: Any, x: Array) -> Array:
         """The matrix times x on the last axis, at full precision on every device."""
@@ -137,16 +131,6 @@ class Gaussian(NaturalHead):
     def _kl(self, z: Array, z_new: Array) -> Array:
         whitened = self._sqrt_fisher_transpose(z, z_new - z)
         return 0.5 * jnp.sum(whitened * whitened, axis=self.event_axes())
-
-
-def _check_scale(scale: Any, event_ndim: int) -> None:
-    if jnp.ndim(scale) > event_ndim:
-        raise ValueError(
-            f"scale: expected a number or an array over the event axes (event_ndim={event_ndim}),"
-            f" got shape {jnp.shape(scale)}."
-        )
-    if not isinstance(scale, Tracer) and not np.all(np.asarray(scale) > 0):
-        raise ValueError(f"scale: expected a positive standard deviation, got {scale}.")
 
 
 def _check_precision(precision: Any) -> None:

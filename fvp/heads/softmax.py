@@ -29,6 +29,10 @@ class Softmax(NaturalHead):
     score is y - (sum y) p and the Hessian (sum y) F_R, which is F_R where the row sums to one.
     ``fisher`` is F_R whatever the targets.
 
+    Label smoothing by a is rows of targets, ``(1 - a) * jax.nn.one_hot(y, C) + a / C``: they sum to
+    one, so that every curvature but those of the data's own scores stays what it is. Weights of
+    classes c are weights of examples, ``weights=c[y]``; the loss is then a mean over sum_i c[y_i].
+
     Example:
       >>> import jax.numpy as jnp, fvp
       >>> z = jnp.zeros((2, 4))
