@@ -155,7 +155,7 @@ def convolutional_images() -> NoisyTask:
 
 def autoencoder() -> NoisyTask:
     """Handwritten digits through six numbers and back, pixel by pixel."""
-    x = load_digits(return_X_y=True)[0] / 16
+    x = np.asarray(load_digits(return_X_y=True)[0]) / 16
     init = functools.partial(init_mlp, (64, 32, 6, 32, 64))
     return NoisyTask(mlp, fvp.Sigmoid(), init, x, x, 32, 3000)
 

@@ -43,6 +43,14 @@ def curved_by(kind):
     return fvp.gauss_newton(kind, *PROBLEM, targets=Y) @ PARAMS
 
 
+ERRORS = jax.tree.map(jnp.ones_like, PARAMS)
+REGRESSION = (lambda w, x: x**2 @ w, fvp.Poisson(), jnp.ones((3, 1)), X)
+
+
+def log_prob(params, x):
+    return -0.5 * jnp.sum((x - params["w"].T - params["b"][:, None]) ** 2)
+
+
 CALLS = {
     "Auto": lambda: solved_by(fvp.Auto()),
     "CG": lambda: solved_by(fvp.CG()),
@@ -69,6 +77,19 @@ CALLS = {
     "Sigmoid": lambda: fvp.Sigmoid().nll(jnp.zeros((2, 1)), jnp.ones((2, 1))),
     "Softmax": lambda: HEAD.nll(model(PARAMS, X), Y),
     "StudentT": lambda: fvp.StudentT(3.0).nll(X, 2 * X),
+    "confidence_intervals": lambda: fvp.confidence_intervals(PARAMS, ERRORS),
+    "delta_method": lambda: fvp.delta_method(lambda p: p["w"].sum(), PARAMS, jnp.eye(8)),
+    "density_fisher": lambda: (
+        fvp.density_fisher(log_prob, lambda p, key: jax.random.normal(key, (3,)), PARAMS, KEY, 4)
+        @ PARAMS
+    ),
+    "ewc_penalty": lambda: fvp.ewc_penalty(PARAMS, ERRORS, ERRORS),
+    "fisher_divergence": lambda: fvp.fisher_divergence(lambda x: -x, X),
+    "kl_divergence": lambda: fvp.kl_divergence(model, HEAD, PARAMS, GRADIENT, X),
+    "parameter_covariance": lambda: fvp.parameter_covariance(*REGRESSION),
+    "score_fisher": lambda: fvp.score_fisher(log_prob, PARAMS, X) @ PARAMS,
+    "standard_errors": lambda: fvp.standard_errors(*REGRESSION),
+    "summary": lambda: fvp.summary(PARAMS, ERRORS).p_values,
     "cg": lambda: fvp.cg(FISHER, GRADIENT, damping=0.1)[0],
     "diagonal_preconditioner": lambda: fvp.diagonal_preconditioner(PARAMS, 2.0).mv(GRADIENT),
     "empirical_fisher": lambda: fvp.empirical_fisher(*PROBLEM, Y) @ PARAMS,
@@ -93,6 +114,8 @@ CALLS = {
 }
 RECORDS = {
     "CGInfo",
+    "Estimate",
+    "Summary",
     "DampedCurvature",
     "Observation",
     "Problem",

@@ -36,7 +36,7 @@ class StudentT(Head):
     Example:
       >>> import jax.numpy as jnp, fvp
       >>> head, z, u = fvp.StudentT(df=1.0), jnp.zeros((1, 1)), jnp.ones((1, 1))
-      >>> print(head.fisher(z, u), head.hessian(z, 3 + z, u))
+      >>> print(head.fisher(z, u), head.hessian(z, 3 + z, u).round(2))
       [[0.5]] [[-0.16]]
 
     Reference:
