@@ -105,7 +105,8 @@ class _Packed:
             if _is_model(leaf):
                 data.extend(leaf.arrays)
                 names = tuple(_refer(x) for x in leaf.fixed)
-                fixed.append(_ModelKey(len(leaf.arrays), leaf.structure, names, leaf.batch))
+                key = _ModelKey(len(leaf.arrays), leaf.structure, names, leaf.batch, leaf.layout)
+                fixed.append(key)
             elif is_array(leaf):
                 data.append(leaf)
                 fixed.append(_DATA)
@@ -122,6 +123,7 @@ class _ModelKey:
     structure: Any
     fixed: tuple[Any, ...]
     batch: Any
+    layout: Any
 
 
 _DATA = object()  # stands where a leaf is data
@@ -136,7 +138,8 @@ def _unpack(key: Any, data: Sequence[Any]) -> Any:
             return next(rest)
         if isinstance(x, _ModelKey):
             arrays = [next(rest) for _ in range(x.count)]
-            return Model(arrays, x.structure, tuple(map(_resolve, x.fixed)), x.batch)
+            fixed = tuple(map(_resolve, x.fixed))
+            return Model(arrays, x.structure, fixed, x.batch, x.layout)
         return unhashed(_resolve(x))
 
     return jax.tree.unflatten(structure, [leaf(x) for x in fixed])

@@ -74,6 +74,7 @@ class Model:
     structure: Any = dataclasses.field(metadata={"static": True})
     fixed: tuple[Any, ...] = dataclasses.field(metadata={"static": True})
     batch: Any = dataclasses.field(metadata={"static": True})  # structure and fixed; None: as it is
+    layout: Any = dataclasses.field(default=None, metadata={"static": True})  # of several outputs
 
     @classmethod
     def of(cls, model_fn: Any) -> Model:
@@ -89,7 +90,8 @@ class Model:
         function, args, keywords = join(self.arrays, self.structure, self.fixed)
         if self.batch is not None:
             batch = join(jax.tree.leaves(batch), *self.batch)
-        return function(*args, params, batch, **keywords)
+        z = function(*args, params, batch, **keywords)
+        return z if self.layout is None else self.layout.join(z)
 
 
 def close_model(model_fn: Any, batch: Any) -> tuple[Model, Any]:

@@ -69,6 +69,7 @@ KFAC_STEP = (
         (fvp.Poisson, "event_ndim", ""),
         (fvp.StudentT, "df scale event_ndim", ""),
         (fvp.Multinomial, "total", ""),
+        (fvp.Product, "heads weights", ""),
         (fvp.ExponentialFamily, "log_partition sufficient_statistic sampler event_ndim", ""),
         (fvp.LevenbergMarquardt, "initial increase decrease", ""),
         (fvp.diagonal_preconditioner, "diagonal damping exponent", ""),

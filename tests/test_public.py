@@ -67,6 +67,7 @@ CALLS = {
     "LevenbergMarquardt": lambda: damped_by(fvp.LevenbergMarquardt()),
     "Multinomial": lambda: fvp.Multinomial(3).nll(X, jnp.full((4, 3), 1)),
     "Poisson": lambda: fvp.Poisson().nll(X, jnp.full((4, 3), 2)),
+    "Product": lambda: fvp.Product({"a": fvp.Poisson()}).nll({"a": X}, {"a": X}),
     "ReductionRatio": lambda: damped_by(fvp.ReductionRatio()),
     "SampledCurvature": lambda: fvp.mc_fisher(*PROBLEM, KEY).linearized.curvature.scores,
     "gauss_newton": lambda: curved_by(fvp.FisherCurvature),

@@ -95,9 +95,12 @@ class Chunked(LinearizedCurvature):
 
     def value_and_gradient(self, targets: PyTree, scale: Array) -> tuple[Array, Params]:
         """Loss and gradient, summed over chunks."""
-        check_example_axis(targets, self.count)
-        targets = split_chunks(jnp.asarray(targets), self.number, self.rows)
-        term = lambda chunk, i: chunk.value_and_gradient(take_chunk(targets, i), scale)
+        targets = jax.tree.map(jnp.asarray, targets)
+        for leaf in jax.tree.leaves(targets):
+            check_example_axis(leaf, self.count)
+        targets = jax.tree.map(lambda x: split_chunks(x, self.number, self.rows), targets)
+        take = lambda i: jax.tree.map(lambda x: take_chunk(x, i), targets)
+        term = lambda chunk, i: chunk.value_and_gradient(take(i), scale)
         value, gradient = self._sum(term)
         return value, cast_like(gradient, self.chunks.params)
 

@@ -35,6 +35,7 @@ class CurvatureOperator(Record):
       template: structure, shapes and dtypes of the parameters.
       axis_name: mesh axes that the batch is split over inside ``shard_map``.
       problem: what was linearised, for solvers that need more than products; None in chunks.
+      layout: of outputs by name in the one array that ``linearized`` has; else None.
     """
 
     linearized: LinearizedCurvature
@@ -43,6 +44,7 @@ class CurvatureOperator(Record):
     template: Any = dataclasses.field(metadata={"static": True})
     axis_name: AxisName = dataclasses.field(metadata={"static": True})
     problem: Problem | None = None
+    layout: Any = dataclasses.field(default=None, metadata={"static": True})
 
     @classmethod
     def of(
@@ -57,7 +59,8 @@ class CurvatureOperator(Record):
         # near 1 / sqrt(count) do. A power of two, so that nothing is rounded.
         scale = power_of_two(math.sqrt(count) / jnp.abs(total))
         kept = problem if keep else None
-        return cls(linearized, total, scale, (structure, shapes), problem.axis_name, kept)
+        template, layout = (structure, shapes), problem.model.layout
+        return cls(linearized, total, scale, template, problem.axis_name, kept, layout)
 
     @property
     def like(self) -> Any:
@@ -66,9 +69,10 @@ class CurvatureOperator(Record):
         return jax.tree.unflatten(structure, shapes)
 
     @property
-    def output(self) -> Array:
-        """The model's output z, from the same linearisation."""
-        return self.linearized.output
+    def output(self) -> Any:
+        """The model's output z, from the same linearisation; a dict of them for fvp.Product."""
+        z = self.linearized.output
+        return z if self.layout is None else self.layout.split(z, self.layout.dtypes)
 
     def mv(self, v: Params) -> Params:
         """The curvature times ``v``: one linear JVP, the z-space scaling, one linear VJP.
@@ -92,8 +96,9 @@ class CurvatureOperator(Record):
         """The product with ``v`` and v^T (curvature) v, at the cost of the product alone."""
         return _product_and_form(self, check_like(v, self.like, "v", "params"))
 
-    def transpose_product(self, u: Array) -> Params:
+    def transpose_product(self, u: Any) -> Params:
         """J^T H_L u for a change ``u`` of the outputs; of curvatures J^T H_L J that hold J."""
+        u = u if self.layout is None else self.layout.join(u)
         return self._mean(self.linearized.transpose_product(u, self.scale))
 
     def quadratic_form(self, v: Params) -> Array:

@@ -17,6 +17,7 @@ from fvp.heads import Head, Root
 from fvp.mesh import auto_sharded, row_axes, shard_rows
 from fvp.numerics import widen
 from fvp.records import Record
+from fvp.typing import PyTree
 
 
 class OutputCurvature(Record, abc.ABC):
@@ -111,7 +112,7 @@ class HessianCurvature(OutputCurvature):
 
     head: Head
     z: Array
-    targets: Array
+    targets: PyTree
 
     @classmethod
     def at(cls, problem: Problem, z: Array) -> Self:
@@ -182,8 +183,7 @@ class SampledCurvature(ScoreCurvature):
 
         def score(key: Array, index: Array, row: Array) -> Array:
             # Heads want a batch axis; a row of (B, C) outputs has none left.
-            sample = head.sample(jax.random.fold_in(key, index), row[None])
-            return head.score(row[None], sample)[0]
+            return head.sampled_score(jax.random.fold_in(key, index), row[None])[0]
 
         per_example = jax.vmap(score, in_axes=(None, 0, 0))
         per_sample = jax.vmap(per_example, in_axes=(0, None, None))

@@ -72,6 +72,9 @@ class Problem(Record):
         model, batch = close_model(model_fn, batch)
         check_head(head)
         params = to_local(check_inexact_tree(params, "params"), axis_name, "params")
+        head, layout = head.on_one_array(lambda: model(params, batch))
+        if layout is not None:
+            model = dataclasses.replace(model, layout=layout)
         # inject_hyperparams may have made an array of the default.
         default = isinstance(batch_axes, jax.Array) or batch_axes == 0
         axes = None if default else leaf_axes(batch, batch_axes)

@@ -6,6 +6,7 @@ from fvp.heads.head import Head, NaturalHead
 from fvp.heads.learned_scale_gaussian import LearnedScaleGaussian
 from fvp.heads.multinomial import Multinomial
 from fvp.heads.poisson import Poisson
+from fvp.heads.product import Product
 from fvp.heads.root import Root
 from fvp.heads.sigmoid import Sigmoid
 from fvp.heads.softmax import Softmax
@@ -19,6 +20,7 @@ __all__ = [
     "Multinomial",
     "NaturalHead",
     "Poisson",
+    "Product",
     "Root",
     "Sigmoid",
     "Softmax",

@@ -7,14 +7,17 @@ them.
 from __future__ import annotations
 
 import abc
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Any, ClassVar
 
+import jax
 import jax.numpy as jnp
 from jax import Array
 from jax.typing import ArrayLike, DTypeLike
 
+from fvp.heads.output_layout import OutputLayout
 from fvp.heads.root import Root, unit_columns
-from fvp.numerics import widen
+from fvp.numerics import cast_like, widen_tree
 from fvp.records import Record
 from fvp.typing import ArrayOrShape
 
@@ -81,62 +84,74 @@ class Head(Record, abc.ABC):
     def nll(self, z: Float[Array, "*z"], y: ArrayLike) -> Float[Array, "*batch"]:
         """-log r(y given z), normalising constants included; shape = batch axes."""
         y = self.check_targets(z, y)
-        return self._nll(widen(z), y).astype(z.dtype)
+        return self._nll(widen_tree(z), y).astype(_dtype(z))
 
     def mean(self, z: Float[Array, "*z"]) -> Float[Array, "*z"]:
         """E[y given z]; the shape of targets, of ``z`` for Softmax."""
         self.check_outputs(z)
-        return self._mean(widen(z)).astype(z.dtype)
+        return cast_like(self._mean(widen_tree(z)), z)
 
     def sample(self, key: Array, z: Array) -> Array:
         """One y ~ r(. given z) for each example, in the form that :meth:`nll` takes."""
         self.check_outputs(z)
-        return self._sample(key, widen(z), z.dtype)
+        return self._sample(key, widen_tree(z), _dtype(z))
+
+    def sampled_score(self, key: Array, z: Array) -> Array:
+        """A random vector with E[s s^T] = F_R(z): the score at a sample; shape of ``z``."""
+        return self.score(z, self.sample(key, z))
 
     def score(self, z: Float[Array, "*z"], y: ArrayLike) -> Float[Array, "*z"]:
         """Gradient of log r(y given z) with respect to ``z``; shape of ``z``."""
         y = self.check_targets(z, y)
-        return self._score(widen(z), y).astype(z.dtype)
+        return cast_like(self._score(widen_tree(z), y), z)
 
     def fisher(self, z: Float[Array, "*z"], u: Float[Array, "*z"]) -> Float[Array, "*z"]:
         """F_R(z) u, where F_R(z) = E_y[score score^T] over the head's own y; shape of ``z``."""
         self.check_outputs(z)
-        return self._fisher(widen(z), widen(u)).astype(z.dtype)
+        return cast_like(self._fisher(widen_tree(z), widen_tree(u)), z)
 
     def hessian(
         self, z: Float[Array, "*z"], y: ArrayLike, u: Float[Array, "*z"]
     ) -> Float[Array, "*z"]:
         """Hessian of :meth:`nll` in ``z``, times ``u``; shape of ``z``."""
         y = self.check_targets(z, y)
-        return self._hessian(widen(z), y, widen(u)).astype(z.dtype)
+        return cast_like(self._hessian(widen_tree(z), y, widen_tree(u)), z)
 
     def sqrt_fisher(self, z: Float[Array, "*z"], w: Float[Array, "*z"]) -> Float[Array, "*z"]:
         """S w, where S S^T = F_R(z); ``w`` and the result have the shape of ``z``."""
         self.check_outputs(z)
-        return self._sqrt_fisher(widen(z), widen(w)).astype(z.dtype)
+        return cast_like(self._sqrt_fisher(widen_tree(z), widen_tree(w)), z)
 
     def sqrt_fisher_transpose(
         self, z: Float[Array, "*z"], u: Float[Array, "*z"]
     ) -> Float[Array, "*z"]:
         """S^T u, where S S^T = F_R(z); ``u`` and the result have the shape of ``z``."""
         self.check_outputs(z)
-        return self._sqrt_fisher_transpose(widen(z), widen(u)).astype(z.dtype)
+        return cast_like(self._sqrt_fisher_transpose(widen_tree(z), widen_tree(u)), z)
 
     def fisher_root(self, z: Array) -> Root:
         """The columns of S, S S^T = F_R(z); at most one for each output."""
         self.check_outputs(z)
-        return self._fisher_root(widen(z))
+        return self._fisher_root(widen_tree(z))
 
     def hessian_root(self, z: Array, y: ArrayLike) -> Root | None:
         """The columns of a root of the Hessian of :meth:`nll`; None where there is none known."""
         y = self.check_targets(z, y)
-        return self._hessian_root(widen(z), y)
+        return self._hessian_root(widen_tree(z), y)
 
     def kl(self, z: Float[Array, "*z"], z_new: Float[Array, "*z"]) -> Float[Array, "*batch"]:
         """KL(r(z) to r(z_new)), exact, keeping its digits when the two are close; batch axes."""
         self.check_outputs(z)
         self.check_outputs(z_new, "z_new")
-        return self._kl(widen(z), widen(z_new)).astype(z.dtype)
+        return self._kl(widen_tree(z), widen_tree(z_new)).astype(_dtype(z))
+
+    def on_one_array(self, outputs: Callable[[], Any]) -> tuple[Head, OutputLayout | None]:
+        """The head that the library computes with, and how outputs become the array it takes.
+
+        Itself and None where ``outputs()``, those of the model, are one array already.
+        """
+        del outputs
+        return self, None
 
     def batch_shape(self, z: ArrayOrShape) -> tuple[int, ...]:
         """The batch axes of ``z``: all axes before the event axes."""
@@ -258,6 +273,11 @@ class NaturalHead(Head):
         if self._target_count(z, y) is None:
             return root
         return root.scaled(lambda: self._target_count(z, y), self.event_ndim)  # pyright: ignore
+
+
+def _dtype(z: Any) -> Any:
+    """The dtype of the array ``z``, or of what its arrays promote to."""
+    return jnp.result_type(*(leaf.dtype for leaf in jax.tree.leaves(z)))
 
 
 def check_head(head: Any, hint: str = "") -> None:

@@ -79,7 +79,8 @@ class StudentT(Head):
         return (df + 1) * r / ((df + r * r) * scale)
 
     def _fisher(self, z: Array, u: Array) -> Array:
-        return self._sqrt_fisher(z, self._sqrt_fisher(z, u))
+        df, scale = self._fields(z)
+        return (df + 1) / ((df + 3) * scale**2) * u
 
     def _hessian(self, z: Array, y: Array, u: Array) -> Array:
         df, scale = self._fields(z)

@@ -32,7 +32,7 @@ def dense_matrix(operator: CurvatureOperator) -> Float[Array, "P P"]:
     """
     flat, unravel = ravel_pytree(zeros_of(operator.like))
     unit_vectors = jnp.eye(flat.size, dtype=flat.dtype)
-    problem, z = operator.problem, operator.output
+    problem, z = operator.problem, operator.linearized.output
     root, jacobian = operator.linearized.root(), operator.linearized.jacobian
     split = operator.axis_name is not None or row_axes(z) is not None
     if problem is None or root is None or jacobian is None or split:

@@ -73,9 +73,9 @@ class Auto(DampedSolver):
             return self.cg
         parameters = sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(operator.like))
         if operator.problem is not None:
-            if row_axes(operator.output) is not None:
+            if row_axes(operator.linearized.output) is not None:
                 return self.cg
-            rows = operator.output.size
+            rows = operator.linearized.output.size
             if rows <= _MOST_ROWS and rows < parameters and no_dual(operator) is None:
                 return Dual()
         return Dense() if parameters <= _MOST_PARAMETERS else self.cg

@@ -93,7 +93,7 @@ def no_dual(operator: CurvatureOperator) -> Exception | None:
             "operator: solve_dual expects a Fisher or GGN whose square root in z is known, and none"
             f" is known for {operator.linearized}. Take fvp.fisher(...), or fvp.cg."
         )
-    if row_axes(operator.output) is not None:
+    if row_axes(operator.linearized.output) is not None:
         return ValueError(
             "operator: its examples are sharded over Explicit mesh axes, which solve_dual regroups;"
             " build and solve inside jax.sharding.auto_axes."

@@ -33,7 +33,7 @@ class WhitenedJacobian:
         problem, root = operator.problem, operator.linearized.root()
         assert problem is not None
         assert root is not None
-        shares = shares_of(problem, operator.output)
+        shares = shares_of(problem, operator.linearized.output)
         make = lambda separate: separated(root, shares, separate, problem.head.event_ndim)
         captured = CapturedBatch.of(capture_of(problem), make)
         return cls(operator, captured, captured.columns.all())
@@ -52,7 +52,7 @@ class WhitenedJacobian:
 
     def transposed(self, w: Array) -> Any:
         """A^T w, in float32 or wider."""
-        output = self.operator.output
+        output = self.operator.linearized.output
         u = jnp.sum(self.columns * self._spread(w), axis=0).astype(output.dtype)
         return widen_tree(self._model.vjp(u))
 
@@ -88,7 +88,7 @@ class WhitenedJacobian:
 
     def _axes(self) -> tuple[list[int], list[int]]:
         examples = list(self.captured.layers.examples)
-        others = [d for d in range(self.operator.output.ndim) if d not in examples]
+        others = [d for d in range(self.operator.linearized.output.ndim) if d not in examples]
         return examples, others
 
     def _spread(self, w: Array) -> Array:
@@ -103,7 +103,9 @@ class WhitenedJacobian:
         def row(index: Array) -> Array:
             unit = (jnp.arange(columns.shape[0] * examples) == index).astype(columns.dtype)
             w = unit.reshape(columns.shape[0], examples)
-            u = jnp.sum(columns * self._spread(w), axis=0).astype(self.operator.output.dtype)
+            u = jnp.sum(columns * self._spread(w), axis=0).astype(
+                self.operator.linearized.output.dtype
+            )
             leaves = jax.tree.leaves(self._model.vjp(u))
             return jnp.concatenate([widen(leaves[i]).ravel() for i in self.captured.unmatched])
 

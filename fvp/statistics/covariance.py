@@ -139,7 +139,7 @@ def _check_kind(kind: Any, targets: PyTree) -> None:
 
 
 def _count(operator: CurvatureOperator, head: Head) -> int:
-    z = jax.eval_shape(lambda: operator.linearized.output)
+    z = jax.eval_shape(lambda: operator.output)
     return math.prod(head.batch_shape(z))
 
 

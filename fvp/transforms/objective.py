@@ -82,12 +82,12 @@ class Objective:
     @property
     def output_dtype(self) -> Any:
         """Of the model's outputs."""
-        return jax.eval_shape(lambda: self.operator.output).dtype
+        return jax.eval_shape(lambda: self.operator.linearized.output).dtype
 
     def divergence(self, params: Params) -> Array:
         """Exact mean KL from the model at the operator to the one at ``params``."""
         assert self.problem is not None
-        return self.problem.kl(self.operator.output, self.outputs(params))
+        return self.problem.kl(self.operator.linearized.output, self.outputs(params))
 
     def loss(self, params: Params) -> Array:
         """The loss of other parameters, with the l2 term."""
@@ -103,7 +103,7 @@ class Objective:
             return self.before
         value = self.data.value
         if self.data.value_fn is None:
-            value = self.nll(self.operator.output)
+            value = self.nll(self.operator.linearized.output)
         elif value is None:
             value = self.data.value_fn(self._whole(self.params), self.data.batch)
         return jnp.asarray(value) + self._penalty(self.params)
@@ -119,7 +119,7 @@ class Objective:
         if self.data.batch is None or self.data.targets is None:
             raise ValueError('line_search: "outputs" expects batch= and targets=.')
         model = Linearization.of(self.outputs, self.params)
-        z = self.operator.output
+        z = self.operator.linearized.output
         change = (length * model.jvp(cast_like(direction, self.params))).astype(z.dtype)
         return output_search(self.nll, z, change, self.nll(z))[0]
 
