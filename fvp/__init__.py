@@ -28,6 +28,7 @@ from fvp.curvature import (
 )
 from fvp.heads import (
     ExponentialFamily,
+    FromDistribution,
     Gaussian,
     Head,
     LearnedScaleGaussian,
@@ -100,6 +101,7 @@ __all__ = [
     "ExponentialFamily",
     "FisherCurvature",
     "FixedDamping",
+    "FromDistribution",
     "Gaussian",
     "Head",
     "HessianCurvature",

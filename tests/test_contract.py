@@ -70,6 +70,11 @@ KFAC_STEP = (
         (fvp.StudentT, "df scale event_ndim", ""),
         (fvp.Multinomial, "total", ""),
         (fvp.Product, "heads weights", ""),
+        (
+            fvp.FromDistribution,
+            "make_distribution support fisher_matrix divergence num_samples key event_ndim",
+            "",
+        ),
         (fvp.ExponentialFamily, "log_partition sufficient_statistic sampler event_ndim", ""),
         (fvp.LevenbergMarquardt, "initial increase decrease", ""),
         (fvp.diagonal_preconditioner, "diagonal damping exponent", ""),

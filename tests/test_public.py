@@ -51,6 +51,16 @@ def log_prob(params, x):
     return -0.5 * jnp.sum((x - params["w"].T - params["b"][:, None]) ** 2)
 
 
+class Laplacian:
+    event_shape = ()
+
+    def __init__(self, location):
+        self.location, self.batch_shape = location, location.shape
+
+    def log_prob(self, y):
+        return -abs(y - self.location) - jnp.log(2)
+
+
 CALLS = {
     "Auto": lambda: solved_by(fvp.Auto()),
     "CG": lambda: solved_by(fvp.CG()),
@@ -60,6 +70,7 @@ CALLS = {
     "ExponentialFamily": lambda: fvp.ExponentialFamily(jnp.sum, lambda y: y).nll(X, 2 * X),
     "FisherCurvature": lambda: curved_by(fvp.FisherCurvature),
     "FixedDamping": lambda: damped_by(fvp.FixedDamping(0.1)),
+    "FromDistribution": lambda: fvp.FromDistribution(Laplacian).nll(X, 2 * X),
     "HessianCurvature": lambda: curved_by(fvp.HessianCurvature),
     "Jacobi": lambda: solved_by(fvp.CG(preconditioner=fvp.Jacobi())),
     "KFACSolver": lambda: solved_by(fvp.KFACSolver()),

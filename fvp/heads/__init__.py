@@ -1,6 +1,7 @@
 """Output distributions: the first step of the library, which depends on nothing but numerics."""
 
 from fvp.heads.exponential_family import ExponentialFamily
+from fvp.heads.from_distribution import FromDistribution
 from fvp.heads.gaussian import Gaussian
 from fvp.heads.head import Head, NaturalHead
 from fvp.heads.learned_scale_gaussian import LearnedScaleGaussian
@@ -14,6 +15,7 @@ from fvp.heads.student_t import StudentT
 
 __all__ = [
     "ExponentialFamily",
+    "FromDistribution",
     "Gaussian",
     "Head",
     "LearnedScaleGaussian",

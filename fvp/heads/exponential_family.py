@@ -13,6 +13,7 @@ from jax import Array
 from jax.typing import DTypeLike
 
 from fvp.heads.head import NaturalHead, check_event_ndim
+from fvp.heads.symmetric_root import multiply, symmetric_root
 from fvp.typing import ArrayOrShape
 
 
@@ -127,15 +128,13 @@ class ExponentialFamily(NaturalHead):
         size = int(np.prod(event, dtype=int))
 
         def root(z: Array) -> Array:
-            matrix = jax.hessian(self.log_partition)(z).reshape(size, size)
-            values, vectors = jnp.linalg.eigh(matrix)
-            return _multiply("ij,kj->ik", vectors * jnp.sqrt(jnp.maximum(values, 0)), vectors)
+            return symmetric_root(jax.hessian(self.log_partition)(z).reshape(size, size))
 
         return self._each(root, z)(z)
 
     def _sqrt_fisher(self, z: Array, w: Array) -> Array:
         flat = w.reshape(*self.batch_shape(z), -1)
-        return _multiply("...ij,...j->...i", self._root(z), flat).reshape(z.shape)
+        return multiply("...ij,...j->...i", self._root(z), flat).reshape(z.shape)
 
     def _sqrt_fisher_transpose(self, z: Array, u: Array) -> Array:
         return self._sqrt_fisher(z, u)
@@ -160,7 +159,3 @@ def _remainder_rule(count: int) -> list[tuple[float, float]]:
 
 
 _REMAINDER = _remainder_rule(6)
-
-
-def _multiply(subscripts: str, matrix: Array, x: Array) -> Array:
-    return jnp.einsum(subscripts, matrix, x, precision=jax.lax.Precision.HIGHEST)
