@@ -74,7 +74,8 @@ def parameter_covariance(
     Example:
       >>> import jax.numpy as jnp, fvp
       >>> x, model = jnp.array([[1.0, 0.0], [0.0, 2.0]]), lambda w, x: x @ w
-      >>> print(fvp.parameter_covariance(model, fvp.Gaussian(), jnp.zeros((2, 1)), x))
+      >>> covariance = fvp.parameter_covariance(model, fvp.Gaussian(), jnp.zeros((2, 1)), x)
+      >>> print(covariance.round(4))
       [[1.   0.  ]
        [0.   0.25]]
 

@@ -35,8 +35,8 @@ def confidence_intervals(
     Example:
       >>> import jax.numpy as jnp, fvp
       >>> lower, upper = fvp.confidence_intervals(jnp.array([1.0]), jnp.array([0.5]))
-      >>> print(lower.round(2), upper.round(2))
-      [0.02] [1.98]
+      >>> print(f"{lower[0]:.2f} to {upper[0]:.2f}")
+      0.02 to 1.98
     """
     if not isinstance(level, Tracer) and not 0 < level < 1:
         raise ValueError(f"level: expected a number between 0 and 1, such as 0.95, got {level}.")
