@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 
 import fvp
+from fvp.solvers.conjugate_gradient import iteration_limit
 
 COMPILE_QUICKLY = True
 
@@ -284,6 +285,26 @@ def test_progress_stop_is_that_of_martens(start):
         np.testing.assert_allclose(info.model_value, reference.values[expected], rtol=1e-9)
 
 
+def test_progress_does_not_stop_a_solve_that_is_still_worse_than_zeros():
+    diagonal, rhs, x0 = np.linspace(3e-5, 1, 200), vector(200), 1e4 * vector(200, 2)
+    expected = Textbook(np.diag(diagonal), rhs, 60, x0).progress_stop(0.5)
+    assert expected > 30
+    run = jax.jit(lambda b: fvp.cg(lambda v: diagonal * v, b, x0=x0, tol=0.0, progress_tol=0.5))
+    assert int(run(rhs)[1].iterations) == expected
+
+
+def test_progress_looks_back_over_as_many_iterations_as_there_may_be():
+    rhs = vector(7)
+    for maxiter in (1, 90, 100, 101, 200):
+        longest = max(max(10, -(-i // 10)) for i in range(1, maxiter + 1))
+        assert iteration_limit(rhs, maxiter) == (maxiter, longest)
+    assert iteration_limit(rhs, None) == (70, 10)
+    assert iteration_limit({"a": rhs, "b": rhs}, None) == (140, 14)
+    windows = []
+    jax.eval_shape(lambda n: windows.append(iteration_limit(rhs, n)[1]), 200)
+    assert windows == [1024]
+
+
 def test_residual_stop_still_works_beside_the_progress_stop():
     matrix, rhs = MATRICES["well_conditioned"], vector(40)
     _, plain = solve(matrix, rhs, tol=1e-2)
@@ -313,6 +334,38 @@ def test_converged_means_that_the_true_residual_is_small(condition, start, preco
         assert bool(info.converged)
     if condition >= 1e5:
         assert not bool(info.converged)  # float32 does not hold so good a solution
+
+
+def test_rounding_of_a_start_far_off_is_not_forgotten():
+    """It parts the residuals by the size of the start, however small the solution is."""
+    matrix, rhs = MATRICES["well_conditioned"].astype(np.float32), vector(40, dtype=np.float32)
+    x, info = solve(matrix, rhs, x0=np.float32(1e6) * vector(40, 2, np.float32), tol=1e-2)
+    assert bool(info.converged)
+    residual_norm = np.linalg.norm(rhs - matrix.astype(float) @ np.asarray(x, float))
+    assert residual_norm <= 1.01e-2 * np.linalg.norm(rhs)
+
+
+def test_a_tolerance_that_the_dtype_can_not_reach_ends_the_solve_before_its_limit():
+    """At the second check that finds the true residual hardly smaller."""
+    matrix = symmetric(np.geomspace(1e-4, 1, 40)).astype(np.float32)
+    for x0 in (None, 100 * vector(40, 2, np.float32)):
+        _, info = solve(matrix, vector(40, dtype=np.float32), x0=x0, maxiter=2000)
+        assert not bool(info.converged)
+        assert not bool(info.breakdown)
+        assert int(info.iterations) < 1000
+
+
+def test_zero_tolerances_are_never_checked():
+    products = []
+
+    def operator(v):
+        jax.debug.callback(lambda: products.append(None))
+        return 2 * v
+
+    _, info = jax.jit(lambda b: fvp.cg(operator, b, tol=0.0))(jnp.ones(3, jnp.float32))
+    jax.effects_barrier()
+    assert bool(info.converged)
+    assert len(products) == int(info.iterations) == 1
 
 
 def test_exact_start_takes_no_iteration():
@@ -359,6 +412,8 @@ def test_record_holds_scalar_arrays_of_fixed_types():
         for field in (info.residual_norm, info.model_value, info.curvature, info.damping_term):
             assert field.dtype == wide
         assert all(leaf.shape == () for leaf in jax.tree.leaves(info))
+    shapes = [jax.ShapeDtypeStruct((3,), dtype) for dtype in (jnp.float32, jnp.float64)]
+    assert jax.eval_shape(lambda b: fvp.cg(lambda v: v, b)[1], shapes).model_value.dtype == wide
 
 
 # Breakdown: the product that failed counts as an iteration, and leaves x as it was ----------------
@@ -397,6 +452,25 @@ def test_non_finite_start_leaves_x_finite(bad):
     solved = np.linalg.norm(matrix @ x - rhs) <= 1e-9 * np.linalg.norm(rhs)
     assert bool(info.converged) == solved
     assert bool(info.breakdown) != solved
+    # Its other entries count: these are taken for zeros.
+    zeros_instead = np.where(np.arange(40) == 3, 0, rhs)
+    expected, same = solve(matrix, rhs, x0=zeros_instead, tol=1e-10)
+    np.testing.assert_array_equal(x, expected)
+    assert int(info.iterations) == int(same.iterations)
+
+
+@pytest.mark.parametrize(("size", "scale"), [(3e38, 1.0), (1e22, 1e-5)], ids=["product", "form"])
+def test_start_whose_product_overflows_counts_as_zeros(size, scale):
+    """Or v^T A v alone."""
+    matrix = (scale * MATRICES["well_conditioned"]).astype(np.float32)
+    rhs = vector(40, dtype=np.float32)
+    expected, cold = solve(matrix, rhs)
+    x, info = solve(matrix, rhs, x0=np.full(40, size, np.float32))
+    assert bool(info.converged)
+    assert not bool(info.breakdown)
+    assert int(info.iterations) == int(cold.iterations)
+    np.testing.assert_array_equal(x, expected)
+    np.testing.assert_allclose(info.model_value, cold.model_value, rtol=1e-6)
 
 
 def test_indefinite_matrix_keeps_the_last_good_iterate():
@@ -417,6 +491,16 @@ def test_indefinite_matrix_keeps_the_last_good_iterate():
     np.testing.assert_allclose(x, np.linalg.solve(matrix + np.eye(20), rhs), rtol=1e-9)
 
 
+def test_step_that_failed_is_no_progress():
+    """Along negative curvature the model rises, which looks like the end of its fall."""
+    matrix, rhs = symmetric([-1e-3, *np.geomspace(1e-2, 1, 39)]), vector(40)
+    good = len(Textbook(matrix, rhs, 40).iterates) - 1
+    assert good > 12
+    x, info = solve(matrix, rhs, tol=0.0, progress_tol=1e-12)
+    assert_failed(x, info)
+    assert int(info.iterations) == good + 1
+
+
 @pytest.mark.parametrize("matrix", [-np.eye(4), np.zeros((4, 4))], ids=["negative", "zero"])
 def test_first_direction_of_non_positive_curvature_keeps_the_start(matrix):
     for x0 in (None, vector(4, 2)):
@@ -424,6 +508,7 @@ def test_first_direction_of_non_positive_curvature_keeps_the_start(matrix):
         assert_failed(x, info)
         assert int(info.iterations) == 1
         np.testing.assert_array_equal(x, np.zeros(4) if x0 is None else x0)
+        np.testing.assert_allclose(info.curvature, x @ matrix @ x, rtol=1e-13, atol=1e-14)
 
 
 def test_indefinite_matrix_does_not_matter_to_a_rhs_that_never_meets_it():
@@ -439,6 +524,15 @@ def test_small_positive_curvature_is_no_breakdown(dtype, condition):
     assert bool(info.converged)
     assert not bool(info.breakdown)
     np.testing.assert_allclose(x, [1 / condition, 1.0], rtol=1e-5)
+
+
+@pytest.mark.parametrize(("dtype", "condition"), [(np.float32, 1e8), (np.float64, 1e17)])
+def test_curvature_below_the_rounding_of_the_largest_is_a_breakdown(dtype, condition):
+    for x0 in (None, np.zeros(2, dtype)):
+        x, info = solve(np.diag(np.asarray([condition, 1.0], dtype)), np.ones(2, dtype), x0=x0)
+        assert_failed(x, info)
+        assert int(info.iterations) == 2
+        np.testing.assert_allclose(x, np.full(2, 2 / condition), rtol=1e-6)
 
 
 def test_singular_consistent_system_gives_the_minimum_norm_solution():
@@ -496,6 +590,33 @@ def test_large_rhs_without_a_step_has_a_zero_model():
 def test_indefinite_preconditioner_is_reported():
     x, info = solve(np.diag([1.0, 2.0]), np.array([1.0, 1.0]), inverse=np.diag([1.0, -3.0]))
     assert_failed(x, info)
+
+
+def test_preconditioner_that_turns_out_indefinite_is_reported():
+    """It is positive along the right-hand side, and negative along the next residual."""
+    x, info = solve(np.eye(2), np.array([1.0, 1.0]), inverse=np.diag([3.0, -1.0]))
+    assert_failed(x, info)
+    assert int(info.iterations) == 1
+    np.testing.assert_allclose(x, np.array([3.0, -1.0]) * 2 / 10, rtol=1e-13)
+
+
+def test_preconditioner_that_overflows_is_reported_before_another_product():
+    M = lambda r: jnp.where(r[0] == r[1], r, jnp.inf * jnp.sign(r))
+    x, info = jax.jit(lambda b: fvp.cg(lambda v: jnp.array([1.0, 2.0]) * v, b, M=M))(jnp.ones(2))
+    assert_failed(x, info)
+    assert int(info.iterations) == 1
+    np.testing.assert_allclose(x, np.full(2, 2 / 3), rtol=1e-14)
+
+
+@pytest.mark.parametrize("first_row", [[1.0, 1e25], [1e-10, 1e30]], ids=["squared", "itself"])
+def test_residual_beyond_the_dtype_leaves_the_record_of_the_last_good_iterate(first_row):
+    """The residual after one step, or its square, overflows."""
+    matrix = np.array([first_row, [first_row[1], 3e38]], np.float32)
+    x, info = solve(matrix, np.array([1, 0], np.float32))
+    assert_failed(x, info)
+    np.testing.assert_array_equal(x, np.zeros(2))
+    assert float(info.residual_norm) == 1
+    assert float(info.model_value) == float(info.curvature) == 0
 
 
 def test_solution_beyond_the_dtype_is_reported_not_returned():
@@ -563,6 +684,25 @@ def test_half_precision_inner_products_accumulate_in_float32(dtype):
     assert x.dtype == dtype
     expected = exact / np.asarray(diagonal, np.float64)
     assert np.linalg.norm(np.asarray(x, np.float64) - expected) <= 1e-2 * np.linalg.norm(expected)
+
+
+def test_length_of_a_step_along_a_rounded_direction_is_exact():
+    """A bfloat16 direction is not orthogonal to the others; products with powers of 2 are exact."""
+    diagonal = 2.0 ** np.arange(5)
+    rounded = lambda v: np.asarray(jnp.asarray(v).astype(jnp.bfloat16), np.float64)
+    rhs = rounded(vector(5))
+    x, r, p, beta = np.zeros(5), rhs, np.zeros(5), 0.0
+    for _ in range(4):
+        p = rounded(r + beta * p)
+        alpha = p @ r / (p @ (diagonal * p))
+        x, before = x + alpha * p, r @ r
+        r = r - alpha * diagonal * p
+        beta = r @ r / before
+    operator = lambda v: jnp.asarray(diagonal, v.dtype) * v
+    _, info = fvp.cg(operator, jnp.asarray(rhs, jnp.bfloat16), tol=0.0, maxiter=4)
+    value = 0.5 * x @ (diagonal * x) - rhs @ x
+    np.testing.assert_allclose(info.model_value, value, rtol=1e-6)
+    np.testing.assert_allclose(info.residual_norm, np.linalg.norm(r), rtol=1e-4)
 
 
 def test_strict_dtype_promotion_is_respected():
@@ -641,6 +781,12 @@ def test_static_and_traced_options_agree(options):
     np.testing.assert_allclose(x, expected, rtol=1e-10)
 
 
+def test_limit_may_be_an_array_that_is_not_traced():
+    matrix, maxiter = MATRICES["well_conditioned"], jnp.asarray(3)
+    run = jax.jit(lambda b: fvp.cg(lambda v: matrix @ v, b, tol=0.0, maxiter=maxiter)[1])
+    assert int(run(vector(40)).iterations) == 3
+
+
 def test_operator_may_close_over_what_vmap_maps():
     scales = jnp.asarray([1.0, 2.0, 4.0])
     x = jax.vmap(lambda scale: fvp.cg(lambda v: scale * v, jnp.ones(3))[0])(scales)
@@ -657,6 +803,39 @@ def test_operator_is_read_anew_by_every_eager_call():
     for scale in (1.0, 2.0):
         state["scale"] = jnp.asarray(scale)
         np.testing.assert_array_equal(fvp.cg(operator, jnp.ones(3))[0], jnp.ones(3) / scale)
+
+
+def test_preconditioner_is_read_anew_by_every_eager_call_too():
+    """Also where the operator is a pytree of arrays alone, which is compiled once."""
+    F = fvp.fisher(lambda w, x: x * w, fvp.Gaussian(), jnp.ones(3), jnp.ones((1, 3)))
+    state = {}
+    M = lambda r: state["scale"] * r
+    for scale in (1.0, -1.0):
+        state["scale"] = scale
+        assert bool(fvp.cg(F, jnp.ones(3), M=M)[1].breakdown) == (scale < 0)
+
+
+@jax.tree_util.register_static
+class WithForm:
+    """D v and v^T D v at once, with entries 1, 2, 3, ... of the diagonal D."""
+
+    def mv(self, v):
+        raise AssertionError("the form would cost a pass over memory more")
+
+    def mv_and_form(self, v):
+        product = jnp.arange(1, v.size + 1, dtype=v.dtype) * v
+        return product, jnp.sum(v.astype(jnp.float32) * product.astype(jnp.float32))
+
+
+def test_operator_with_a_form_is_multiplied_by_that():
+    """And its product is widened like any other."""
+    rhs, operator = jnp.asarray(vector(8), jnp.bfloat16), WithForm()
+    x, info = fvp.cg(operator, rhs, damping=0.3, tol=0.0, maxiter=3)
+    expected, other = fvp.cg(
+        lambda v: operator.mv_and_form(v)[0], rhs, damping=0.3, tol=0.0, maxiter=3
+    )
+    np.testing.assert_array_equal(x, expected)
+    np.testing.assert_allclose(info.residual_norm, other.residual_norm, rtol=1e-5)
 
 
 def test_scan_carries_the_solution_as_the_next_start():
@@ -696,14 +875,14 @@ def count_traces(execute, dtype=jnp.float32, x0=None, **options):
 @pytest.mark.parametrize("progress_tol", [0.0, 1e-6])
 @pytest.mark.parametrize("dtype", [jnp.float32, jnp.float64, jnp.bfloat16])
 def test_operator_is_traced_once(dtype, progress_tol):
-    """In the loop body; the preconditioner also before it, and the operator for a start only."""
+    """In the loop body; without a start the preconditioner also before it."""
     options = {"dtype": dtype, "progress_tol": progress_tol, "maxiter": 5}
     calls = count_traces(jax.eval_shape, **options)
     assert calls["operator"] == 1
     assert calls["M"] <= 2
     calls = count_traces(jax.eval_shape, x0=jnp.ones(3, dtype), **options)
     assert calls["operator"] <= 2
-    assert calls["M"] <= 2
+    assert calls["M"] == 1
 
 
 def test_operator_is_traced_once_when_called_eagerly():
@@ -717,7 +896,7 @@ def test_one_product_per_iteration_and_one_more_for_a_start():
         jax.debug.callback(lambda: products.append(None))
         return jnp.asarray(MATRICES["well_conditioned"]) @ v
 
-    for x0, extra in [(None, 0), (vector(40, 2), 1)]:
+    for x0, extra in [(None, 0), (vector(40, 2), 1), (1e6 * vector(40, 2), 1)]:
         products.clear()
         _, info = jax.jit(lambda b, x0=x0: fvp.cg(operator, b, x0=x0))(vector(40))
         jax.effects_barrier()
@@ -761,6 +940,7 @@ ONES = np.ones(3)
         (ValueError, "x0", lambda: fvp.cg(lambda v: v, ONES, x0=np.ones(2))),
         (ValueError, "x0", lambda: fvp.cg(lambda v: v, ONES, x0={"a": ONES})),
         (ValueError, "maxiter", lambda: fvp.cg(lambda v: v, ONES, maxiter=-1)),
+        (ValueError, "maxiter", lambda: fvp.cg(lambda v: v, ONES, maxiter=2.5)),
         (ValueError, "damping", lambda: fvp.cg(lambda v: v, ONES, damping=-1e-3)),
         (ValueError, "damping", lambda: fvp.cg(lambda v: v, ONES, damping=jnp.nan)),
         (ValueError, "damping", lambda: fvp.cg(lambda v: v, ONES, damping=jnp.asarray(jnp.inf))),
