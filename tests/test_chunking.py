@@ -130,24 +130,25 @@ def test_masked_rows_leave_no_trace_in_chunks(build, curvature):
     masked = np.array([1, 2, 4, 5])
     weights = np.ones(7)
     weights[masked] = 0
-    offset = np.zeros((7, 3))
-    offset[masked] = np.nan
+    bad = np.zeros(7, int)
+    bad[masked] = 1
+    offsets = jnp.asarray([0, np.nan])  # by integers: inputs that are NaN would be replaced
 
     def model(params, batch):
-        return inner(params, batch[0]) + batch[1]
+        return inner(params, batch[0]) + offsets[batch[1]][:, None]
 
     @quick_jit
-    def product(offset, targets, chunked):
+    def product(bad, targets, chunked):
         return [
             build(
-                curvature, model, case.head, params, (batch, offset), targets, KEY,
+                curvature, model, case.head, params, (batch, bad), targets, KEY,
                 weights=weights, chunk_size=chunk_size,
             ) @ vector
             for chunk_size in ([3, 2] if chunked is not None else [None])
         ]  # fmt: skip
 
-    expected = product(np.zeros((7, 3)), targets, None)[0]
-    for actual in product(offset, targets.at[masked].set(-100), True):
+    expected = product(np.zeros(7, int), targets, None)[0]
+    for actual in product(bad, targets.at[masked].set(-100), True):
         assert relative_error(actual, expected) < 1e-12
 
 
@@ -164,6 +165,31 @@ def test_weights_that_sum_to_zero_give_zero_in_chunks(build, curvature):
 
     for leaf in jax.tree.leaves(computed(0 * weights)):
         assert np.array_equal(leaf, np.zeros(leaf.shape))
+
+
+@pytest.mark.parametrize(("chunk_size", "largest"), [(2, 2), (3, 3), (5, 4)])
+def test_no_chunk_is_larger_than_its_size(chunk_size, largest):
+    """Beside the whole batch, whose shape alone is asked for."""
+    case = CASES["softmax"]
+    inner, sizes = mlp(case.event_shape), set()
+    params, batch, _, vector, _ = problem(case, (7,))
+
+    def model(params, batch):
+        sizes.add(len(batch))
+        return inner(params, batch)
+
+    product = lambda p: fvp.fisher(model, case.head, p, batch, chunk_size=chunk_size) @ vector
+    jax.eval_shape(product, params)
+    assert sizes == {7, largest}
+
+
+def test_sums_over_chunks_are_wider_than_bfloat16():
+    """Each of 1000 chunks adds as much: in bfloat16 a sum would stop growing at 256 of them."""
+    x, w = jnp.ones((1000, 1), jnp.bfloat16), jnp.ones((1, 1), jnp.bfloat16)
+    F = fvp.fisher(lambda w, x: x @ w, fvp.Gaussian(), w, x, chunk_size=1)
+    gradient = F.value_and_grad(jnp.zeros_like(x))[1]
+    for value in (F @ w, F.mv_and_form(w)[0], gradient):
+        assert relative_error(value, jnp.ones((1, 1))) < 1e-2
 
 
 # --- batch_axes -------------------------------------------------------------------------------

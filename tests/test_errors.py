@@ -358,6 +358,11 @@ def test_chunks_of_leaves_with_different_numbers_of_examples(build):
         )
 
 
+def test_chunks_of_a_model_whose_outputs_are_not_those_of_the_examples(build):
+    with raises(ValueError, "chunk_size", r"6 examples", r"\(3, 3\)"):
+        trace(build, "fisher", lambda p, x: model(p, x)[:3], chunk_size=4)
+
+
 def test_chunks_along_axes_that_do_not_exist(build):
     with raises(ValueError, "batch_axes"):
         trace(build, "fisher", chunk_size=4, batch_axes=2)

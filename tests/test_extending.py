@@ -484,6 +484,64 @@ def test_a_curvature_reads_what_it_likes_as_targets_in_chunks_too():
         fvp.gauss_newton(*arguments, targets={"factor": factors[:3]}, chunk_size=4)
 
 
+def test_a_curvature_of_examples_along_another_axis_in_chunks():
+    factors = jnp.arange(1.0, 7.0)
+    arguments = (Scaled, lambda params, x: model(params, x.T), Poisson(), PARAMS, X.T)
+    options = {"targets": {"factor": factors}, "weights": WEIGHTS, "chunk_size": 2, "batch_axes": 1}
+    expected = dense_gauss_newton(factors[:, None, None] * jnp.eye(2)) @ FLAT
+    product = fvp.gauss_newton_vector_product(*arguments, PARAMS, **options)
+    for actual in (fvp.gauss_newton(*arguments, **options) @ PARAMS, product):
+        assert relative_error(flat(actual), expected) < 1e-12
+
+
+@dataclasses.dataclass(frozen=True)
+class ByLargestOutput(fvp.OutputCurvature):
+    """By a number that all examples have a part in."""
+
+    largest: jax.Array
+
+    @classmethod
+    def at(cls, problem, z):
+        return cls(jnp.max(jnp.abs(z)))
+
+    def __call__(self, u):
+        return self.largest * u
+
+
+def test_a_curvature_sees_zeros_where_an_example_has_no_weight():
+    offsets = jnp.where(WEIGHTS == 0, jnp.nan, 0)
+    shifted = lambda params, batch: model(params, batch[0]) + offsets[batch[1]][:, None]
+    G = fvp.gauss_newton(
+        ByLargestOutput, shifted, Poisson(), PARAMS, (X, jnp.arange(6)), weights=WEIGHTS
+    )
+    largest = jnp.max(jnp.abs(model(PARAMS, X)[WEIGHTS != 0]))
+    expected = dense_gauss_newton(jnp.tile(largest * jnp.eye(2), (6, 1, 1))) @ FLAT
+    assert relative_error(flat(G @ PARAMS), expected) < 1e-12
+
+
+@dataclasses.dataclass(frozen=True)
+class WideAlone(fvp.OutputCurvature):
+    """The identity, of changes that are not narrow."""
+
+    @classmethod
+    def at(cls, problem, z):
+        return cls()
+
+    def __call__(self, u):
+        assert u.dtype == jnp.float32
+        return u
+
+
+def test_a_curvature_of_a_narrow_model_sees_wide_changes():
+    params, x = jax.tree.map(lambda a: a.astype(jnp.bfloat16), (PARAMS, X))
+    for chunk_size in (None, 4):
+        arguments = (WideAlone, model, Poisson(), params, x)
+        G = jax.eval_shape(lambda n=chunk_size, a=arguments: fvp.gauss_newton(*a, chunk_size=n))
+        jax.eval_shape(lambda G: (G @ params, G.mv_and_form(params), G.quadratic_form(params)), G)
+    whole = fvp.gauss_newton(*arguments)
+    jax.eval_shape(whole.transpose_product, whole.output)
+
+
 def test_targets_of_another_loss_do_not_meet_the_head_of_a_fisher():
     loss = lambda params, batch: jnp.mean(model(params, batch) ** 2)
     for chunk_size in (None, 4):
@@ -496,6 +554,8 @@ def test_targets_of_another_loss_do_not_meet_the_head_of_a_fisher():
 def test_a_curvature_without_what_it_reads_is_an_error():
     with pytest.raises(ValueError, match="targets: expected the labels"):
         fvp.gauss_newton(fvp.HessianCurvature, model, Poisson(), PARAMS, X)
+    with pytest.raises(ValueError, match="targets: expected the labels"):
+        fvp.gauss_newton_vector_product(fvp.HessianCurvature, model, Poisson(), PARAMS, X, PARAMS)
     with pytest.raises(ValueError, match=r"fvp.mc_fisher"):
         fvp.gauss_newton(fvp.SampledCurvature, model, Poisson(), PARAMS, X)
 
@@ -503,6 +563,8 @@ def test_a_curvature_without_what_it_reads_is_an_error():
 def test_a_curvature_that_is_none_is_an_error():
     with pytest.raises(TypeError, match=r"kind: expected a subclass of fvp.OutputCurvature"):
         fvp.gauss_newton("fisher", model, Poisson(), PARAMS, X)
+    with pytest.raises(TypeError, match=r"kind: expected a subclass of fvp.OutputCurvature"):
+        fvp.gauss_newton_vector_product("fisher", model, Poisson(), PARAMS, X, PARAMS)
     with pytest.raises(TypeError, match=r"curvature: expected a subclass of fvp.OutputCurvature"):
         fvp.scale_by_fisher(model, Poisson(), curvature=Poisson)
 

@@ -206,13 +206,14 @@ def test_masked_rows_leave_no_trace(build, name, curvature):
     kept, masked = np.array([1, 3]), np.array([0, 2, 4, 5])
     weights = np.zeros(6)
     weights[kept] = [0.5, 2.0]
-    zeros = np.zeros((6, case.size))
-    offset = zeros.copy()
-    offset[masked] = np.array(GARBAGE)[:, None]
+    offsets = jnp.asarray([0, *GARBAGE])  # by integers: inputs that are NaN would be replaced
+    none = np.zeros(6, int)
+    offset = none.copy()
+    offset[masked] = 1 + np.arange(4)
 
     def model(params, batch):
         x, offset = batch
-        return inner(params, x) + offset
+        return inner(params, x) + offsets[offset][:, None]
 
     bad_targets = targets.at[masked].set(-100 if case.integer_targets else np.nan)
 
@@ -226,7 +227,7 @@ def test_masked_rows_leave_no_trace(build, name, curvature):
     expected = reference(case, inner, params, batch[kept], targets[kept], weights[kept])
     if curvature == "mc_fisher":
         # The labels of the kept rows are drawn alike when nothing is wrong with the others.
-        expected["mc_fisher"] = everything(zeros, targets)[0]
+        expected["mc_fisher"] = everything(none, targets)[0]
     assert relative_error(matrix, expected[curvature]) < 1e-11
     assert relative_error(value, expected["loss"]) < 1e-11
     assert relative_error(flat(gradient), expected["gradient"]) < 1e-11
@@ -287,6 +288,21 @@ def test_masked_inputs_along_another_axis_leave_no_trace(build, curvature, axis)
         return flat(actual @ v), flat(expected @ v)
 
     assert relative_error(*products(batch, batch.at[2].set(np.nan).T)) < 1e-11
+
+
+@pytest.mark.parametrize("batch_axes", [(6,), (3, 2)], ids=["B", "BT"])
+def test_inputs_that_are_not_finite_become_those_of_the_first_row_with_weight(batch_axes):
+    """And not zeros, where a norm in the model would have no derivative."""
+    case = CASES["softmax"]
+    inner, params, batch, _ = problem(case, batch_axes)
+    model = lambda params, x: inner(params, x / jnp.linalg.norm(x, axis=-1, keepdims=True))
+    weights = np.array([0, 0, 0, 2, 1, 0.0])
+    bad = batch.reshape(6, 2).at[np.array([1, 5]), 0].set(np.nan).reshape(batch.shape)
+    mended = batch.reshape(6, 2).at[np.array([1, 5])].set(batch.reshape(6, 2)[3])
+    operator = fvp.fisher(model, case.head, params, bad, weights=weights.reshape(batch_axes))
+    expected = model(params, mended)
+    assert relative_error(operator.output.reshape(6, 3), expected) < 1e-13
+    assert np.all(np.isfinite(flat(operator @ vector_like(params))))
 
 
 def test_finite_inputs_of_masked_rows_still_reach_the_others():
@@ -444,6 +460,15 @@ def test_monte_carlo_fisher_is_positive_semidefinite_of_bounded_rank(case, num_s
     tolerance = 1e-12 * eigenvalues.max()
     assert eigenvalues.min() > -tolerance
     assert 0 < (eigenvalues > tolerance).sum() <= 3 * num_samples
+
+
+def test_monte_carlo_labels_of_equal_examples_are_drawn_apart():
+    """Of 400 equal coins each shows its own side: 0.8 of them one and 0.2 the other."""
+    w, x, p = jnp.full(1, np.log(4.0)), jnp.ones((400, 1)), 0.8
+    matrix = fvp.mc_fisher(lambda w, x: x @ w, fvp.Sigmoid(event_ndim=0), w, x, KEY).dense()
+    ones = 400 * (matrix[0, 0] - p**2) / ((1 - p) ** 2 - p**2)  # squared scores are mixed
+    np.testing.assert_allclose(ones, np.round(ones), atol=1e-9)
+    assert abs(ones - 400 * p) < 5 * np.sqrt(400 * p * (1 - p))
 
 
 def test_monte_carlo_fisher_is_one_matrix_for_one_key():
@@ -706,6 +731,19 @@ def test_narrow_models_give_narrow_products(build, curvature):
     assert relative_error(actual, product(*wide)) < 0.05
 
 
+@pytest.mark.parametrize("curvature", ["fisher", "hessian"])
+def test_loss_of_a_narrow_model_is_that_of_its_outputs(build, curvature):
+    """In float32: only the outputs are rounded to bfloat16."""
+    case = CASES["softmax"]
+    model, params, batch, targets = problem(case, (6,))
+    narrow = astype((params, batch), jnp.bfloat16)
+    operator = build(curvature, model, case.head, *narrow, targets, KEY)
+    value, _ = operator.value_and_grad(targets)
+    expected = -jax.vmap(case.log_prob)(operator.output.astype(jnp.float64), targets).mean()
+    assert value.dtype == jnp.float32
+    np.testing.assert_allclose(value, expected, rtol=1e-6)
+
+
 @pytest.mark.parametrize("weight", [None, 1e5])
 def test_float16_overflows_in_no_sum_whose_mean_is_representable(weight):
     """Means of 25 over 4096 examples: their sum is beyond the range of float16."""
@@ -716,6 +754,15 @@ def test_float16_overflows_in_no_sum_whose_mean_is_representable(weight):
     _, gradient = operator.value_and_grad(jnp.zeros_like(x))
     for value in (operator @ w, operator.quadratic_form(w), gradient):
         assert relative_error(value, jnp.full(value.shape, 25.0)) < 1e-3
+
+
+def test_forms_are_wider_than_float16():
+    """300^2 is beyond its range."""
+    x, w = jnp.full((4, 1), 300, jnp.float16), jnp.ones((1, 1), jnp.float16)
+    operator = fvp.fisher(lambda w, x: x @ w, fvp.Gaussian(), w, x)
+    for form in (operator.quadratic_form(w), operator.mv_and_form(w)[1]):
+        assert form.dtype == jnp.float32
+        np.testing.assert_allclose(form, 300.0**2, rtol=1e-6)
 
 
 def test_numpy_arrays_are_as_good_as_jax_arrays():

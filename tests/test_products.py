@@ -83,6 +83,22 @@ def test_chunked_product_inside_jit_with_batch_axes(curvature):
 
 
 @every_product
+def test_a_chunked_product_holds_no_more_than_a_chunk(curvature):
+    """Beside the whole batch, whose shape alone is asked for."""
+    case = CASES["softmax"]
+    inner, sizes = mlp(case.event_shape), set()
+    params, batch, targets, vector = problem(case)
+
+    def model(params, batch):
+        sizes.add(len(batch))
+        return inner(params, batch)
+
+    arguments = model, case.head, params, batch, targets
+    jax.eval_shape(lambda v: one_call(curvature, *arguments, v, chunk_size=2), vector)
+    assert sizes == {6, 2}
+
+
+@every_product
 def test_products_vmap_over_vectors(curvature):
     case = CASES["softmax"]
     model = mlp(case.event_shape)

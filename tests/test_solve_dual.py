@@ -110,8 +110,13 @@ def test_wrong_operators_and_dampings_are_named():
     model_fn = lambda w, x: x @ w
     with pytest.raises(ValueError, match="chunk_size"):
         fvp.solve_dual(fvp.fisher(model_fn, fvp.Gaussian(), params, x, chunk_size=2), params, 1.0)
+    whole = fvp.fisher(model_fn, fvp.Gaussian(), params, x, chunk_size=4)  # one chunk is none
+    assert (
+        relative_error(fvp.solve_dual(whole, params, 1.0), solution(whole.dense(), params, 1.0))
+        < 1e-9
+    )
     with pytest.raises(ValueError, match="damping"):
-        fvp.solve_dual(fvp.fisher(model_fn, fvp.Gaussian(), params, x), params, 0.0)
+        fvp.solve_dual(whole, params, 0.0)
     hessian = fvp.hessian(model_fn, fvp.Gaussian(), params, x, jnp.ones((4, 2)))
     with pytest.raises(TypeError, match="Fisher or GGN"):
         fvp.solve_dual(hessian, params, 1.0)
