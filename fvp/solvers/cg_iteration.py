@@ -96,7 +96,7 @@ class _Carry(NamedTuple):
     breakdown: Array
     starting: Array  # the next product is by a guess, for its true residual
     guessed: Array  # norm of the first guess
-    checked: Array  # residual . residual where a solve was started again
+    checked: Array  # residual . residual where a solve was started again; inf before
     stalled: Array  # it did not fall any more
 
 
@@ -235,7 +235,7 @@ class _Iteration:
             starting=jnp.zeros((), jnp.bool_),
             guessed=jnp.where(first, jnp.sqrt(move.pp), c.guessed),
             checked=jnp.where(c.starting & ~first, move.rr, c.checked),
-            stalled=c.starting & ~first & ~(move.rr <= 0.25 * c.checked),
+            stalled=c.starting & ~(move.rr <= 0.25 * c.checked),
         )
         must_hold = reached & ~progress & ~c.starting
         return self._checked(following, must_hold) if self.system.verify else following
