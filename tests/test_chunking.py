@@ -242,6 +242,8 @@ def test_batch_axes_of_a_bare_array(build):
     )  # fmt: skip
     expected = fvp.fisher(inner, case.head, params, batch) @ vector
     assert relative_error(chunked @ vector, expected) < 1e-12
+    first = fvp.fisher(inner, case.head, params, batch, chunk_size=4, batch_axes=-2)
+    assert relative_error(first @ vector, expected) < 1e-12
 
 
 # --- Transformations, Monte Carlo, memory -----------------------------------------------------

@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from dense import CASES, mlp, parameters, quick_jit, reference, relative_error
+from dense import CASES, mlp, parameters, product_matrix, quick_jit, reference, relative_error
 from jax.flatten_util import ravel_pytree
 from models import MODELS, normal
 from test_models import dense, problem
@@ -103,6 +103,14 @@ def test_probabilities_that_vanish_do_not_blow_up(logit):
     _, gradient = operator.value_and_grad(targets)
     actual = fvp.solve_dual(operator, gradient, 1e-2, targets=targets)
     assert relative_error(actual, solution(operator.dense(), gradient, 1e-2)) < 1e-9
+
+
+def test_several_samples_of_each_example_count_as_their_mean():
+    case, rng = CASES["softmax"], np.random.default_rng(0)
+    model_fn, params, x = mlp((3,)), parameters(rng, 3), jnp.asarray(rng.normal(size=(4, 2)))
+    F = fvp.mc_fisher(model_fn, case.head, params, x, jax.random.key(0), num_samples=3)
+    expected = solution(product_matrix(F), params, 1e-2)
+    assert relative_error(fvp.solve_dual(F, params, 1e-2), expected) < 1e-9
 
 
 def test_wrong_operators_and_dampings_are_named():
