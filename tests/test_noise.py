@@ -457,3 +457,54 @@ def test_the_loss_is_the_one_that_value_fn_gives():
     params, state = run((start(), tx.init(start())))
     assert state.noise.leads
     assert loss(params, x, y) < 0.5 * loss(start(), x, y)
+
+
+@both
+def test_a_policy_learns_from_advantages_of_either_sign(make):
+    # Five arms whose rewards depend on ten numbers; actions are those of the policy itself.
+    rng = np.random.default_rng(0)
+    single = lambda x: jnp.asarray(x, jnp.float32)
+    x, hidden, arms = (single(rng.normal(size=s)) for s in [(2000, 10), (10, 5), (5, 5)])
+    rewards = jax.nn.sigmoid(2 * jnp.tanh(x @ hidden) @ arms)
+    policy = lambda params, batch: model_fn(params, batch["x"])
+    make = {natural_gradient: fvp.natural_gradient, scale_by_kfac: fvp.scale_by_kfac}[make]
+    if make is fvp.natural_gradient:
+        tx = make(1.0, policy, HEAD)
+    else:
+        tx = optax.chain(make(policy, HEAD), optax.scale(-1.0))
+
+    def surrogate(params, batch):
+        return jnp.mean(batch["advantage"] * HEAD.nll(policy(params, batch), batch["action"]))
+
+    def regret(params):
+        chosen = jax.nn.softmax(model_fn(params, x))
+        return jnp.mean(rewards.max(axis=1) - jnp.sum(chosen * rewards, axis=1))
+
+    def step(carry, key):
+        params, state = carry
+        rows, actions, noise = jax.random.split(key, 3)
+        rows = jax.random.randint(rows, (64,), 0, len(x))
+        action = jax.random.categorical(actions, model_fn(params, x[rows]))
+        reward = rewards[rows, action] + 0.3 * jax.random.normal(noise, (64,), jnp.float32)
+        batch = {"x": x[rows], "action": action, "advantage": reward - reward.mean()}
+        gradient = jax.grad(surrogate)(params, batch)
+        updates, state = tx.update(gradient, state, params, batch=batch, value_fn=surrogate)
+        params = optax.apply_updates(params, updates)
+        return (params, state), regret(params)
+
+    def run(params, key):
+        keys = jax.random.split(key, 300)
+        return regret(params), jax.lax.scan(step, (params, tx.init(params)), keys)[1]
+
+    def layers(seed):
+        rng = np.random.default_rng(seed)
+        return [
+            (single(rng.normal(size=s) / s[0] ** 0.5), jnp.zeros(s[1], jnp.float32))
+            for s in [(10, 32), (32, 5)]
+        ]
+
+    run = jax.jit(run)
+    for seed in range(3):
+        first, after = run(layers(seed), jax.random.key(seed))
+        assert after[19:].max() <= first
+        assert after[-50:].mean() < 0.2 * first
