@@ -13,14 +13,36 @@ from collections.abc import Sequence
 from typing import NamedTuple, TypeAlias
 
 
+class Part(NamedTuple):
+    """Examples ``start`` to ``start + length`` of a batch."""
+
+    start: int
+    length: int
+
+
 class BatchAxis(NamedTuple):
-    """Entry i of axis ``dim`` belongs to example (i // inner) % count.
+    """Entry i of axis ``dim`` belongs to example (i // inner) % count, or of a part of the batch.
 
     Inside of scans a negative ``dim`` is a scan whose steps are the entries: -1 is the innermost.
     """
 
     dim: int
     inner: int = 1
+    part: Part | None = None
+
+    def at(self, dim: int) -> BatchAxis:
+        """The same where the axis is number ``dim``."""
+        return self._replace(dim=dim)
+
+    def stretch(self, count: int) -> Part:
+        """The examples that it holds, of ``count`` in all."""
+        return self.part or Part(0, count)
+
+    def of(self, part: Part, count: int) -> BatchAxis | None:
+        """The same for other examples; None where these are not among the ``count``."""
+        if part.start < 0 or part.start + part.length > count:
+            return None
+        return self._replace(part=None if part == Part(0, count) else part)
 
 
 class Mixed(NamedTuple):
@@ -49,12 +71,13 @@ def reshaped(
     axis: BatchAxis, old: Sequence[int], new: Sequence[int], count: int
 ) -> BatchAxis | None:
     """The batch axis after a row-major reshape; None where it is torn apart."""
+    count = axis.stretch(count).length
     stride = axis.inner * math.prod(old[axis.dim + 1 :])
     below = 1
     for dim in reversed(range(len(new))):
         above = below * new[dim]
         if new[dim] > 1 and below <= stride < above:
             fits = stride % below == 0 and above % (stride * count) == 0
-            return BatchAxis(dim, stride // below) if fits else None
+            return axis._replace(dim=dim, inner=stride // below) if fits else None
         below = above
-    return None if count > 1 or not len(new) else BatchAxis(0)
+    return None if count > 1 or not len(new) else axis._replace(dim=0, inner=1)

@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import Any, TypeAlias
 
-from fvp.tracing.batch_axes import AxisInfo, BatchAxis, join, join_all, reshaped
+from fvp.tracing.batch_axes import AxisInfo, BatchAxis, Part, join, join_all, reshaped
 from fvp.tracing.jaxprs import Equation, free_dimensions, reshape_order
 
 Axes: TypeAlias = Sequence[Any]  # BatchAxis or None, which each rule tells apart as it needs
@@ -55,20 +55,20 @@ def _operand(eqn: Equation, axes: Sequence[AxisInfo]) -> tuple[Any, Sequence[int
 
 def _broadcast(eqn: Equation, axes: Axes, count: int) -> AxisInfo:
     batch, _ = _operand(eqn, axes)
-    return batch and BatchAxis(eqn.params["broadcast_dimensions"][batch.dim], batch.inner)
+    return batch and batch.at(eqn.params["broadcast_dimensions"][batch.dim])
 
 
 def _reshape(eqn: Equation, axes: Axes, count: int) -> AxisInfo:
     batch, shape = _operand(eqn, axes)
     if batch is not None and (order := reshape_order(eqn)) is not None:
-        batch = BatchAxis(tuple(order).index(batch.dim), batch.inner)
+        batch = batch.at(tuple(order).index(batch.dim))
         shape = [shape[d] for d in order]
     return batch and reshaped(batch, shape, eqn.outvars[0].aval.shape, count)
 
 
 def _transpose(eqn: Equation, axes: Axes, count: int) -> AxisInfo:
     batch, _ = _operand(eqn, axes)
-    return batch and BatchAxis(eqn.params["permutation"].index(batch.dim), batch.inner)
+    return batch and batch.at(eqn.params["permutation"].index(batch.dim))
 
 
 def _reduce(eqn: Equation, axes: Axes, count: int) -> AxisInfo:
@@ -76,7 +76,7 @@ def _reduce(eqn: Equation, axes: Axes, count: int) -> AxisInfo:
     reduced = eqn.params["axes"]
     if batch is None or batch.dim in reduced:
         return None
-    return BatchAxis(batch.dim - sum(dim < batch.dim for dim in reduced), batch.inner)
+    return batch.at(batch.dim - sum(dim < batch.dim for dim in reduced))
 
 
 def _stack(eqn: Equation, axes: Axes, count: int) -> AxisInfo:
@@ -84,7 +84,7 @@ def _stack(eqn: Equation, axes: Axes, count: int) -> AxisInfo:
     joined = join_all(axes, "stack")
     if not isinstance(joined, BatchAxis):
         return joined
-    return BatchAxis(joined.dim + (eqn.params["axis"] <= joined.dim), joined.inner)
+    return joined.at(joined.dim + (eqn.params["axis"] <= joined.dim))
 
 
 def _unstack(eqn: Equation, axes: Axes, count: int) -> AxisInfo:
@@ -92,7 +92,7 @@ def _unstack(eqn: Equation, axes: Axes, count: int) -> AxisInfo:
     axis = eqn.params["axis"]
     if batch is None or batch.dim == axis:
         return None
-    return BatchAxis(batch.dim - (axis < batch.dim), batch.inner)
+    return batch.at(batch.dim - (axis < batch.dim))
 
 
 def _along(parameter: str) -> Rule:
@@ -116,11 +116,36 @@ def _window(eqn: Equation, axes: Axes, count: int) -> AxisInfo:
     return batch if all(map(one, keys)) and tuple(p["padding"][batch.dim]) == (0, 0) else None
 
 
+def _concatenate(eqn: Equation, axes: Axes, count: int) -> AxisInfo:
+    """Along another axis, or of parts of the batch that follow each other."""
+    dim = eqn.params["dimension"]
+    sizes = [var.aval.shape[dim] for var in eqn.invars]
+    starts: set[int] = set()
+    for i, (batch, size) in enumerate(zip(axes, sizes, strict=True)):
+        if batch is None:
+            continue
+        part = batch.stretch(count)
+        if batch != BatchAxis(dim, 1, batch.part) or part.length != size:
+            return _along("dimension")(eqn, axes, count)
+        starts.add(part.start - sum(sizes[:i]))
+    part = Part(starts.pop(), sum(sizes))
+    return None if starts else BatchAxis(dim).of(part, count)
+
+
 def _slice(eqn: Equation, axes: Axes, count: int) -> AxisInfo:
+    """Whole batch axes, and consecutive examples."""
     batch, shape = _operand(eqn, axes)
-    if batch is None or eqn.outvars[0].aval.shape[batch.dim] != shape[batch.dim]:
+    if batch is None:
         return None
-    return batch
+    dim, length = batch.dim, eqn.outvars[0].aval.shape[batch.dim]
+    if length == shape[dim]:
+        return batch
+    strides = eqn.params.get("strides")
+    consecutive = eqn.primitive.name == "slice" and (strides is None or strides[dim] == 1)
+    part = batch.stretch(count)
+    if not consecutive or (batch.inner, part.length) != (1, shape[dim]):
+        return None
+    return batch.of(Part(part.start + eqn.params["start_indices"][dim], length), count)
 
 
 def _reverse(eqn: Equation, axes: Axes, count: int) -> AxisInfo:
@@ -129,8 +154,15 @@ def _reverse(eqn: Equation, axes: Axes, count: int) -> AxisInfo:
 
 
 def _pad(eqn: Equation, axes: Axes, count: int) -> AxisInfo:
-    batch, _ = _operand(eqn, axes)
-    return None if batch is None or any(eqn.params["padding_config"][batch.dim]) else batch
+    """Whole batch axes, and parts among entries that are no example's."""
+    batch, shape = _operand(eqn, axes)
+    if batch is None or not any(eqn.params["padding_config"][batch.dim]):
+        return batch
+    low, high, interior = eqn.params["padding_config"][batch.dim]
+    part, size = batch.stretch(count), shape[batch.dim]
+    if interior or min(low, high) < 0 or (batch.inner, part.length) != (1, size):
+        return None
+    return batch.of(Part(part.start - low, low + size + high), count)
 
 
 def _update_slice(eqn: Equation, axes: Axes, count: int) -> AxisInfo:
@@ -154,7 +186,7 @@ def _dot_general(eqn: Equation, axes: Axes, count: int) -> AxisInfo:
             dim = len(paired[0]) + side * len(free[0]) + free[side].index(batch.dim)
         else:
             return None
-        out = join(out, BatchAxis(dim, batch.inner), "dot_general")
+        out = join(out, batch.at(dim), "dot_general")
     return out
 
 
@@ -163,7 +195,7 @@ def _convolution(eqn: Equation, axes: Axes, count: int) -> AxisInfo:
     numbers = eqn.params["dimension_numbers"]
     if batch is None or batch.dim != numbers.lhs_spec[0] or eqn.params["batch_group_count"] != 1:
         return None
-    return BatchAxis(numbers.out_spec[0], batch.inner)
+    return batch.at(numbers.out_spec[0])
 
 
 def _gather(eqn: Equation, axes: Axes, count: int) -> AxisInfo:
@@ -175,7 +207,7 @@ def _gather(eqn: Equation, axes: Axes, count: int) -> AxisInfo:
     if indices is not None:
         if indices.dim == eqn.invars[1].aval.ndim - 1:
             return None
-        out = BatchAxis(batch_dims[indices.dim], indices.inner)
+        out = indices.at(batch_dims[indices.dim])
     if operand is not None:
         if operand.dim in numbers.operand_batching_dims:
             position = numbers.operand_batching_dims.index(operand.dim)
@@ -187,7 +219,7 @@ def _gather(eqn: Equation, axes: Axes, count: int) -> AxisInfo:
             if operand.dim not in kept or not whole:
                 return None
             dim = numbers.offset_dims[kept.index(operand.dim)]
-        out = join(out, BatchAxis(dim, operand.inner), "gather")
+        out = join(out, operand.at(dim), "gather")
     return out
 
 
@@ -212,10 +244,10 @@ def _scatter(eqn: Equation, axes: Axes, count: int) -> AxisInfo:
             expected = (dim, None, in_updates[dim])
         else:
             continue
-        found = {batch for batch in axes if batch is not None}
+        found = {batch.at(dim) for batch in axes if batch is not None}
         fits = all(p is None or p.dim == d for p, d in zip(axes, expected, strict=True))
-        if fits and len({batch.inner for batch in found}) == 1:
-            return BatchAxis(dim, found.pop().inner)
+        if fits and len(found) == 1:
+            return found.pop()
     return None
 
 
@@ -247,7 +279,9 @@ def _triangular_solve(eqn: Equation, axes: Axes, count: int) -> AxisInfo:
 
 def _tile(eqn: Equation, axes: Axes, count: int) -> AxisInfo:
     batch, shape = _operand(eqn, axes)
-    if batch is None or (eqn.params["reps"][batch.dim] > 1 and shape[batch.dim] % count):
+    if batch is None or (
+        eqn.params["reps"][batch.dim] > 1 and shape[batch.dim] % batch.stretch(count).length
+    ):
         return None
     return batch
 
@@ -267,7 +301,7 @@ RULES: dict[str, Rule] = {
     "stack": _stack,
     "unstack": _unstack,
     "sort": _along("dimension"),
-    "concatenate": _along("dimension"),
+    "concatenate": _concatenate,
     "split": _along("axis"),
     "slice": _slice,
     "dynamic_slice": _slice,

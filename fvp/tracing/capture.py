@@ -14,7 +14,8 @@ from jax import Array
 from fvp.curvature.problem import spread_axes
 from fvp.heads import Head
 from fvp.numerics import widen, zeros_of
-from fvp.tracing.batch_axes import BatchAxis, Mixed
+from fvp.tracing.batch_axes import BatchAxis, Mixed, Part
+from fvp.tracing.batch_parts import parts_of
 from fvp.tracing.embedded import restrict
 from fvp.tracing.example_axes import ExampleAxes
 from fvp.tracing.interpreter import Interpreter
@@ -45,8 +46,8 @@ class Capture:
       unmatched: uses without a rule, whose gradients only plain differentiation gives.
       inputs: for each use (E, R, G, I); indices (E, R, G) of a lookup; None for shifts and scales,
         whose input is one.
-      active: for each use in a branch of a conditional (E, R, G), 1 where it was taken, else 0;
-        None for the others.
+      active: for each use in a branch of a conditional, or of a part of the examples, (E, R, G),
+        1 where it took place, else 0; None for the others.
     """
 
     z: Array
@@ -165,7 +166,8 @@ class _Program:
         jaxpr, out = jax.make_jaxpr(flat_model, return_shape=True)(leaves, inputs)
         head.check_outputs(out)
         counts = tuple(head.batch_shape(out))
-        return cls(jaxpr, leaves, inputs, _entries(batch, batch_axes, counts), counts)
+        entries = _entries(jaxpr.jaxpr, inputs, spread_axes(batch, batch_axes), counts)
+        return cls(jaxpr, leaves, inputs, entries, counts)
 
     def evaluate(self, perturbations: Sequence[Array] | None) -> tuple[Value, list[Record]]:
         """The output z, with these added to the outputs of the uses, and the uses' records."""
@@ -213,25 +215,35 @@ class _Program:
 
 
 def _entries(
-    batch: Batch, batch_axes: PyTree, counts: Sequence[int]
+    jaxpr: Jaxpr, inputs: Sequence[Any], batch_axes: Sequence[int | None], counts: Sequence[int]
 ) -> list[tuple[BatchAxis | None, ...]]:
     """Where the batch axes of z are in the leaves of the batch; None where a leaf has none.
 
     A leaf that only happens to have an axis of that length does no harm: whether examples stay
     apart is checked on the way to z.
     """
-    found, axes = [], spread_axes(batch, batch_axes)
-    for leaf, axis in zip(jax.tree.leaves(batch), axes, strict=True):
-        shape, entries = jnp.shape(leaf), []
-        for number, count in enumerate(counts):
-            # Further batch axes follow the first where that leads.
-            dim = axis if number == 0 else (None if axis not in (0, None) else number)
-            if dim is None or not -len(shape) <= dim < len(shape) or shape[dim] != count:
-                entries.append(None)
-            else:
-                entries.append(BatchAxis(dim % len(shape)))
-        found.append(tuple(entries))
-    return found
+    shapes = [jnp.shape(leaf) for leaf in inputs]
+    length = lambda dim, shape: (
+        None if dim is None or not -len(shape) <= dim < len(shape) else shape[dim]
+    )
+    lengths = list(map(length, batch_axes, shapes))
+    others = [None] * (len(jaxpr.invars) - len(inputs))  # the parameters
+    parts = parts_of(jaxpr, [*others, *lengths], counts[0])[len(others) :]
+
+    def entry(number: int, shape: Sequence[int], axis: int | None, part: Part | None) -> Any:
+        # Further batch axes follow the first where that leads.
+        dim = axis if number == 0 else (None if axis not in (0, None) else number)
+        if dim is not None and length(dim, shape) == counts[number]:
+            return BatchAxis(dim % len(shape))
+        if dim is None or number or part is None:
+            return None
+        return BatchAxis(dim % len(shape), 1, part)
+
+    numbers = range(len(counts))
+    return [
+        tuple(entry(number, *leaf) for number in numbers)
+        for leaf in zip(shapes, batch_axes, parts, strict=True)
+    ]
 
 
 def _zero_perturbation(use: ParameterUse) -> Any:
@@ -251,13 +263,16 @@ def _inputs(axes: ExampleAxes, record: Record) -> Array | None:
 
 
 def _activity(axes: ExampleAxes, record: Record) -> Array | None:
-    """Whether a use in a branch of a conditional took place, as (E, R, G)."""
+    """Whether a use took place, as (E, R, G), where it need not have."""
     use = record.use
-    if record.active is None:
+    active = record.active
+    if active is None and axes.holds_all(use):
         return None
+    if active is None:
+        active = jnp.ones([length for _, length in use.scans])
     shape = jax.eval_shape(use.read_output, jax.ShapeDtypeStruct(use.shape, use.dtype)).shape
     everywhere = lambda active: jnp.broadcast_to(active, shape[:-1])
-    return axes.arrange(use, everywhere, record.active, 1)
+    return axes.arrange(use, everywhere, active, 1)
 
 
 def _elementwise_factor(use: ParameterUse) -> Any:

@@ -7,6 +7,7 @@ import math
 from collections.abc import Callable, Sequence
 
 import jax
+import jax.numpy as jnp
 from jax import Array
 
 from fvp.tracing.batch_axes import BatchAxis, Mixed
@@ -78,7 +79,22 @@ class ExampleAxes:
         front = [where[axis] for axis in self.kept]
         rows = [d for d in range(len(shape)) if d not in front]
         x = x.transpose(*front, *rows, *range(len(shape), x.ndim))
+        if not self.holds_all(use):
+            x = jnp.pad(x, [*self._absent(use), *((0, 0) for _ in x.shape[len(front) :])])
         return x.reshape(self.number, -1, *x.shape[len(shape) :])
+
+    def _absent(self, use: ParameterUse) -> list[tuple[int, int]]:
+        """Numbers of examples before and after those that a use is of, along each example axis."""
+        absent = []
+        for axis in self.kept:
+            batch, count = _among_shared(use, axis), self.counts[axis]
+            start, length = (0, count) if batch is None else batch.stretch(count)
+            absent.append((start, count - start - length))
+        return absent
+
+    def holds_all(self, use: ParameterUse) -> bool:
+        """Whether a use is of all examples."""
+        return not any(map(any, self._absent(use)))
 
     def _split(
         self, use: ParameterUse, sizes: Sequence[int], dims: Sequence[int]
@@ -91,11 +107,15 @@ class ExampleAxes:
         where: dict[int, int] = {}
         found = [(_among_shared(use, axis), axis) for axis in self.kept]
         for size, dim in zip(sizes, dims, strict=True):
-            here = [(batch.inner, axis) for batch, axis in found if batch and batch.dim == dim]
-            for inner, axis in sorted(here, reverse=True):
-                shape.append(size // (self.counts[axis] * inner))
+            here = [
+                (batch.inner, axis, batch.stretch(self.counts[axis]).length)
+                for batch, axis in found
+                if batch and batch.dim == dim
+            ]
+            for inner, axis, length in sorted(here, reverse=True):
+                shape.append(size // (length * inner))
                 where[axis] = len(shape)
-                shape.append(self.counts[axis])
+                shape.append(length)
                 size = inner
             shape.append(size)
         return shape, where

@@ -60,12 +60,12 @@ def scan_body_axes(eqn: Equation, axes: Sequence[AxisInfo], count: int) -> list[
 
 def _inside(axis: AxisInfo) -> AxisInfo:
     """The batch axis in one slice of what a scan runs over."""
-    return BatchAxis(axis.dim - 1, axis.inner) if isinstance(axis, BatchAxis) else axis
+    return axis.at(axis.dim - 1) if isinstance(axis, BatchAxis) else axis
 
 
 def outside(axis: AxisInfo) -> AxisInfo:
     """The batch axis in a scan's stacked output from that in one of its slices."""
-    return BatchAxis(axis.dim + 1, axis.inner) if isinstance(axis, BatchAxis) else axis
+    return axis.at(axis.dim + 1) if isinstance(axis, BatchAxis) else axis
 
 
 def _deeper(axis: AxisInfo) -> AxisInfo:
