@@ -136,7 +136,41 @@ def test_exact_solves_without_damping_stay_above_rounding(solver):
     updates, state = tx.update(gradient, tx.init(w), w, batch=x, targets=y)
     expected = np.linalg.lstsq(x, y - x @ w)[0]  # the least norm that solves it
     np.testing.assert_allclose(updates, expected, rtol=1e-5)
-    # The dual system of labels has no rounding outside its range that damping would have to hide.
+    # With labels no rounding outside the range is left that damping would have to hide.
     eps, trace = np.finfo(float).eps, np.sum(np.square(x)) / 3
-    level = {"dual": 3 * eps, "dense": eps**0.5}[solver]
-    np.testing.assert_allclose(state.damping, level * trace, rtol=1e-5)
+    rows = {"dual": 3, "dense": 8}[solver]
+    np.testing.assert_allclose(state.damping, rows * eps * trace, rtol=1e-5)
+
+
+@pytest.mark.parametrize("solver", ["dense", "dual"])
+def test_residuals_of_a_differential_equation_fall_to_rounding(solver):
+    """Poisson's equation, points inside and at the edge: ill-conditioned, so that damping shows."""
+    rng = np.random.default_rng(0)
+    inside, edge = jnp.asarray(rng.uniform(size=(40, 2))), rng.uniform(size=(16, 2))
+    edge[np.arange(16), np.arange(16) % 2] = np.arange(16) // 2 % 2
+    sines = jnp.prod(jnp.sin(np.pi * inside), axis=1)
+    w, b, v = (jnp.asarray(rng.normal(size=s)) for s in ((2, 24), (24,), (24, 1)))
+
+    def model_fn(params, batch):
+        w, b, v = params
+        u = lambda x: (jnp.tanh(x @ w + b) @ v)[0]
+        laplacian = jax.vmap(lambda x: jnp.trace(jax.hessian(u)(x)))(batch["inside"])
+        return jnp.concatenate([laplacian, jax.vmap(u)(batch["edge"])])[:, None]
+
+    batch = {"inside": inside, "edge": jnp.asarray(edge)}
+    targets = jnp.concatenate([-2 * np.pi**2 * sines, jnp.zeros(16)])[:, None]
+    loss = lambda params: 0.5 * jnp.mean((model_fn(params, batch) - targets) ** 2)
+    tx = fvp.natural_gradient(
+        1.0, model_fn, fvp.Gaussian(), solver=solver, line_search="loss", geodesic=True
+    )
+
+    def step(carry, _):
+        params, state = carry
+        options = {"batch": batch, "targets": targets}
+        updates, state = tx.update(jax.grad(loss)(params), state, params, **options)
+        params = optax.apply_updates(params, updates)
+        return (params, state), loss(params)
+
+    run = jax.jit(lambda params: jax.lax.scan(step, (params, tx.init(params)), None, 60)[1])
+    losses = run((w, b, v / 5))
+    assert losses[-1] < 1e-12

@@ -63,6 +63,13 @@ class GaussNewton(LinearizedCurvature):
         value, cotangent = nll_and_cotangent(self.head, self.output, targets, self.weights)
         return scale * value, self.model.vjp((scale * cotangent).astype(self.output.dtype))
 
+    def gradient_after(self, v: Params, targets: PyTree, scale: Array) -> Params:
+        """sum_i w_i J_i^T (dnll_i/dz + H_i J_i v), summed in the space of the outputs."""
+        Jv = self.model.jvp(v)
+        _, cotangent = nll_and_cotangent(self.head, self.output, targets, self.weights)
+        cotangent = cotangent + self._weighted(self.curvature(widen(Jv)))
+        return self.model.vjp((scale * cotangent).astype(Jv.dtype))
+
     @property
     def output(self) -> Array:
         """The model's output z."""

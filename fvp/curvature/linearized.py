@@ -58,7 +58,20 @@ class LinearizedCurvature(Record, abc.ABC):
         Raises:
           TypeError: for other curvatures, and where J is not kept.
         """
-        raise TypeError(
+        raise self._not_of_that_form()
+
+    def gradient_after(self, v: Params, targets: PyTree, scale: Array) -> Params:
+        """The gradient of sum_i w_i nll_i plus C v, where C = J^T H J: that of the quadratic model.
+
+        Keeps its digits where the two cancel, at a ``v`` that solves for them.
+
+        Raises:
+          TypeError: as :meth:`transpose_product`.
+        """
+        raise self._not_of_that_form()
+
+    def _not_of_that_form(self) -> TypeError:
+        return TypeError(
             "operator: expected one of the form J^T H J, built without chunk_size, such as"
             f" fvp.fisher(...), got a {type(self).__name__}."
         )

@@ -101,6 +101,15 @@ class CurvatureOperator(Record):
         u = u if self.layout is None else self.layout.join(u)
         return self._mean(self.linearized.transpose_product(u, self.scale))
 
+    def gradient_after(self, v: Params, targets: PyTree) -> Params:
+        """The gradient of the mean loss at ``targets`` plus the product with ``v``.
+
+        Of curvatures J^T H_L J that hold J; added up in the space of the outputs, it keeps its
+        digits where the two cancel.
+        """
+        v = check_like(v, self.like, "v", "params")
+        return self._mean(self.linearized.gradient_after(v, targets, self.scale))
+
     def quadratic_form(self, v: Params) -> Array:
         """v^T (curvature) v as a scalar in float32 or wider; costs one JVP where z suffices."""
         return self.inner_products(v)[0, 0]

@@ -3,15 +3,24 @@
 from __future__ import annotations
 
 import dataclasses
-from typing import ClassVar
+from typing import Any, ClassVar
 
+import jax
 import jax.numpy as jnp
 from jax import Array
 from jax.flatten_util import ravel_pytree
 from jax.typing import ArrayLike
 
 from fvp.factorization import SemidefiniteFactor
-from fvp.numerics import cast_like, wide_dtype, widen_tree
+from fvp.numerics import (
+    cast_like,
+    tree_axpy,
+    tree_vdot,
+    tree_where,
+    tree_zeros_like,
+    wide_dtype,
+    widen_tree,
+)
 from fvp.solvers.cg_iteration import CGInfo
 from fvp.solvers.damped import DampedCurvature, DampedSolver, DampedSystem, Moment
 from fvp.typing import Params, PyTree
@@ -19,6 +28,7 @@ from fvp.typing import Params, PyTree
 # Least damping of an exact solve over the norm of the gradient: below, where the curvature vanishes
 # in float32, the squared norm of the solution would overflow; docs/decisions/solvers.md
 _LEAST = 2.0**-60
+_REFINEMENTS = 3  # each takes the rounding back to a hundredth; docs/decisions/solvers.md
 
 
 @dataclasses.dataclass(frozen=True)
@@ -26,7 +36,9 @@ class Dense(DampedSolver):
     """F + damping I as a matrix, factorised: for small models.
 
     Damping and l2 are at least sqrt(eps) trace(F): below that a right-hand side's rounding outside
-    the range of F would be blown up.
+    the range of F would be blown up. With targets it is taken back, by steps of refinement whose
+    residual is that of the outputs, and only eps P trace(F) is needed, the bound of a numerical
+    rank.
     """
 
     direct: ClassVar[bool] = True
@@ -37,9 +49,12 @@ class Dense(DampedSolver):
         """Makes and factorises the matrix."""
         matrix = damped.operator.dense()
         matrix = matrix.astype(wide_dtype(matrix.dtype))
-        level = float(jnp.finfo(matrix.dtype).eps) ** 0.5
+        eps, targets = float(jnp.finfo(matrix.dtype).eps), moment.targets
+        if damped.operator.linearized.jacobian is None:
+            targets = None
+        level = eps**0.5 if targets is None else eps * len(matrix)
         damped, total = above_rounding(damped, matrix, level, moment.norm)
-        return DenseSystem(damped, SemidefiniteFactor.of(matrix, total)), state
+        return DenseSystem(damped, SemidefiniteFactor.of(matrix, total), total, targets), state
 
 
 @dataclasses.dataclass(frozen=True)
@@ -50,13 +65,44 @@ class DenseSystem(DampedSystem):
 
     damped: DampedCurvature
     factor: SemidefiniteFactor
+    total: Array  # damping and l2
+    targets: Any
 
     def solve(self, rhs: Params, start: Params | None) -> tuple[Params, CGInfo]:
         """By the factor; ``start`` is not needed."""
         del start
-        flat, unravel = ravel_pytree(widen_tree(rhs))
-        x = cast_like(unravel(self.factor.solve(flat[:, None])[:, 0]), rhs)
+        x = self._by_factor(widen_tree(rhs))
+        if self.targets is not None:
+            more = self._beside_gradient(rhs)
+            refine = lambda _, x: tree_axpy(1, self._by_factor(self._residual(x, more)), x)
+            x = jax.lax.fori_loop(0, _REFINEMENTS, refine, x)
+        x = cast_like(x, rhs)
         return x, self.damped.record(x, rhs)
+
+    def _by_factor(self, rhs: Params) -> Params:
+        flat, unravel = ravel_pytree(rhs)
+        return unravel(self.factor.solve(flat[:, None])[:, 0])
+
+    def _beside_gradient(self, rhs: Params) -> Params:
+        """``rhs`` less the gradient at the targets."""
+        wide = widen_tree(rhs)
+        return above_noise(tree_axpy(-1, self._gradient_after(tree_zeros_like(wide)), wide), wide)
+
+    def _residual(self, x: Params, more: Params) -> Params:
+        """What ``x`` leaves of the gradient at the targets and ``more``."""
+        left = self._gradient_after(jax.tree.map(jnp.negative, x))
+        return tree_axpy(1, more, tree_axpy(-self.total, x, left))
+
+    def _gradient_after(self, v: Params) -> Params:
+        operator = self.damped.operator
+        return widen_tree(operator.gradient_after(cast_like(v, operator.like), self.targets))
+
+
+def above_noise(rest: Params, whole: Params) -> Params:
+    """``rest`` of a difference, or zeros where it is the rounding of the ``whole``."""
+    level = 64 * jnp.finfo(jnp.result_type(*jax.tree.leaves(whole))).eps
+    noise = tree_vdot(rest, rest) <= level**2 * tree_vdot(whole, whole)
+    return tree_where(noise, tree_zeros_like(rest), rest)
 
 
 def above_rounding(

@@ -16,10 +16,10 @@ from fvp.curvature import CurvatureOperator
 from fvp.factorization import SemidefiniteFactor
 from fvp.layers.columns import check_not_negative
 from fvp.mesh import row_axes
-from fvp.numerics import cast_like, tree_axpy, tree_vdot, tree_where, widen_tree
+from fvp.numerics import cast_like, tree_axpy, widen_tree
 from fvp.solvers.cg_iteration import CGInfo
 from fvp.solvers.damped import DampedCurvature, DampedSolver, DampedSystem, Moment
-from fvp.solvers.dense import above_rounding
+from fvp.solvers.dense import above_noise, above_rounding
 from fvp.solvers.whitened_jacobian import WhitenedJacobian
 from fvp.typing import Params, PyTree
 
@@ -134,11 +134,8 @@ class DualFactor:
             product = widen_tree(operator.mv(cast_like(x, operator.like)))
             residual = tree_axpy(-1, product, tree_axpy(-self.damping, x, wide))
             return cast_like(tree_axpy(1, self._solve_rest(residual), x), rhs)
-        rest = tree_axpy(-1, self.jacobian.transposed(w), wide)
         # What is left by rounding is not divided by the damping.
-        level = 64 * jnp.finfo(self.damping.dtype).eps
-        noise = tree_vdot(rest, rest) <= level**2 * tree_vdot(wide, wide)
-        rest = tree_where(noise, jax.tree.map(jnp.zeros_like, rest), rest)
+        rest = above_noise(tree_axpy(-1, self.jacobian.transposed(w), wide), wide)
         return cast_like(tree_axpy(1, self._solve_rows(w), self._solve_rest(rest)), rhs)
 
     def solve_outputs(self, u: Array) -> Params:

@@ -96,8 +96,8 @@ def scale_by_fisher(
         exact solve with the (P, P) matrix; or "auto", which takes "dual" where examples x outputs
         are at most 4096 and fewer than the parameters, "dense" where the parameters are at most
         1024, and else "cg". The exact ones keep the damping above rounding: sqrt(eps)
-        trace(F), or "dual" with ``targets=``, eps trace(F) for each of its rows. Strings are short
-        names of the objects :class:`fvp.CG`, :class:`fvp.Dual`, :class:`fvp.Dense` and
+        trace(F), or with ``targets=`` eps trace(F) for each row of what they factorise. Strings are
+        short names of the objects :class:`fvp.CG`, :class:`fvp.Dual`, :class:`fvp.Dense` and
         :class:`fvp.Auto`; any other :class:`fvp.DampedSolver` serves as well.
       maxiter: most CG iterations. None is 11; with adaptive damping, up to ten times as many while
         steps make little progress, gradients agree and CG ends at the limit.
@@ -216,8 +216,8 @@ def natural_gradient(
         exact solve with the (P, P) matrix; or "auto", which takes "dual" where examples x outputs
         are at most 4096 and fewer than the parameters, "dense" where the parameters are at most
         1024, and else "cg". The exact ones keep the damping above rounding: sqrt(eps)
-        trace(F), or "dual" with ``targets=``, eps trace(F) for each of its rows. Strings are short
-        names of the objects :class:`fvp.CG`, :class:`fvp.Dual`, :class:`fvp.Dense` and
+        trace(F), or with ``targets=`` eps trace(F) for each row of what they factorise. Strings are
+        short names of the objects :class:`fvp.CG`, :class:`fvp.Dual`, :class:`fvp.Dense` and
         :class:`fvp.Auto`; any other :class:`fvp.DampedSolver` serves as well.
       maxiter: most CG iterations. None is 11; with adaptive damping, up to ten times as many while
         steps make little progress, gradients agree and CG ends at the limit.
