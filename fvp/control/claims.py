@@ -9,7 +9,7 @@ from jax import Array
 
 # Memory of the sums: ten steps; and the part of the claims whose loss is too much.
 # docs/decisions/steps.md
-_MEMORY, _HALF = 0.9, 0.5
+MEMORY, _HALF = 0.9, 0.5
 
 
 class Claims(NamedTuple):
@@ -48,7 +48,7 @@ class Claims(NamedTuple):
         shortened = part * self.slope - part**2 * (self.slope - self.reduction)
         reduction = jnp.where(part == 1, self.reduction, shortened)
         after = self.before - reduction
-        add = lambda total, x: jnp.where(known, _MEMORY * total + x, total)
+        add = lambda total, x: jnp.where(known, MEMORY * total + x, total)
         return self._replace(
             claimed=add(self.claimed, reduction),
             refuted=add(self.refuted, loss - after),

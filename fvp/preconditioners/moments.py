@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import string
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -20,6 +21,7 @@ from fvp.typing import Params
 _MEAN, _SQUARES, _OUTER = 0.9, 0.95, 0.95  # memories of the averages
 _PERIOD = 10  # steps between two refreshments of the bases
 _LARGEST = 1024  # axes that are longer keep their own coordinates
+_PER_COLUMN = 2  # as do those of so many entries or more for each column of the gradient
 _FLOOR = 2.0**-32  # least square over the largest of its leaf
 _KEPT = 2.0**-16  # of the trace: where outer products are smaller, the basis stays as it is
 
@@ -108,10 +110,10 @@ class Moments(NamedTuple):
 
 
 def turned_axes(shape: Shape) -> tuple[int, ...]:
-    """The axes that get a basis."""
-    if len(shape) < 2:
-        return ()
-    return tuple(axis for axis, size in enumerate(shape) if 1 < size <= _LARGEST)
+    """The axes that get a basis: those along which one gradient has columns enough to tell it."""
+    columns = lambda size: math.prod(shape) / size
+    told = lambda size: 1 < size <= _LARGEST and size < _PER_COLUMN * columns(size)
+    return tuple(axis for axis, size in enumerate(shape) if told(size))
 
 
 def _axes(matrices: tuple[Array, ...], x: Array) -> Any:

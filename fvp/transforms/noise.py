@@ -15,11 +15,11 @@ import jax.numpy as jnp
 import optax
 from jax import Array
 
-from fvp.control.claims import Claims
+from fvp.control.claims import MEMORY, Claims
 from fvp.control.learned_length import LearnedLength
 from fvp.control.record import Outcome, Step
 from fvp.mesh import auto_sharded
-from fvp.numerics import computed_once, tree_vdot, tree_zeros_like
+from fvp.numerics import tree_vdot, tree_zeros_like
 from fvp.preconditioners.moments import Moments
 from fvp.transforms.objective import Objective
 from fvp.transforms.options import Options
@@ -28,6 +28,7 @@ from fvp.typing import Params
 
 # First decrease of the loss over the claims before it; docs/decisions/steps.md
 _CAUTION = 0.01
+_REMEMBERED = 10  # steps of which all are taken back
 
 
 class NoiseState(NamedTuple):
@@ -35,9 +36,10 @@ class NoiseState(NamedTuple):
 
     leads: Array  # bool; once it does it stays so
     claims: Claims
-    taken: Array  # length of the last step along the direction, while it does not
-    aligned: Array  # parameters . last step, before it
-    square: Array  # last step . last step
+    trail: Params  # sum of the steps before it does; after the first ten it decays as claims do
+    taken: Array  # length of the last of them along its direction
+    aligned: Array  # parameters . last of them, before it
+    square: Array  # last . last
     learned: LearnedLength
     moments: Moments
 
@@ -48,6 +50,7 @@ class NoiseState(NamedTuple):
         return cls(
             leads=jnp.zeros((), jnp.bool_),
             claims=Claims.none(),
+            trail=optax.tree.zeros_like(params),
             taken=zero(),
             aligned=zero(),
             square=zero(),
@@ -78,16 +81,21 @@ def seen_by(objective: Objective, state: NaturalGradientState) -> tuple[NoiseSta
 
 
 def with_claim(
-    noise: NoiseState, objective: Objective, record: Step, outcome: Outcome, step: Params
+    state: NaturalGradientState, objective: Objective, record: Step, outcome: Outcome, step: Params
 ) -> NoiseState:
     """With the claim of a ``step``, which is to be subtracted, and zeros if it was rejected."""
+    noise: NoiseState = state.noise
     if not objective.data.has_loss:
         return noise
+    memory = jnp.where(state.count < _REMEMBERED, 1, MEMORY)
     square = tree_vdot(step, step).astype(jnp.float32)
     if_moved = lambda x: jnp.where(square > 0, x, 0)
     slope, reduction = record.length * record.slope, record.reduction - outcome.error
     return noise._replace(
         claims=noise.claims.after(objective.loss_before(), if_moved(slope), if_moved(reduction)),
+        trail=jax.tree.map(
+            lambda old, new: (memory * old + new).astype(old.dtype), noise.trail, step
+        ),
         taken=if_moved(record.length).astype(jnp.float32),
         aligned=tree_vdot(objective.params, step).astype(jnp.float32),
         square=square,
@@ -111,7 +119,7 @@ def _part_taken(state: NaturalGradientState, params: Params) -> Array:
 def noise_step(
     options: Options, gradient: Params, state: NaturalGradientState, objective: Objective
 ) -> tuple[Params, NaturalGradientState]:
-    """One step where noise leads; the first also takes back the last one that was solved for.
+    """One step where noise leads; the first also takes back the last that were solved for.
 
     A gradient whose square is beyond the range of floats, or not finite, changes nothing.
     """
@@ -140,19 +148,22 @@ def _made(
     first = _first_length(noise.claims, norm, size)
     learned = learned._replace(length=jnp.where(learned.length == 0, first, learned.length))
     rate = (options.rate(state.count) * learned.length).astype(jnp.float32)
-    rate, taken = computed_once((rate, noise.taken))
 
-    def update(d: Array, last: Array, g: Array) -> Array:
+    def update(d: Array, back: Array, g: Array) -> Array:
         largest = float(jnp.finfo(g.dtype).max)
-        step = rate * d.astype(jnp.float32) - taken * last.astype(jnp.float32)
+        step = rate * d.astype(jnp.float32) - back.astype(jnp.float32)
         return jnp.clip(options.sign * step, -largest, largest).astype(g.dtype)
 
-    return jax.tree.map(update, direction, state.direction, like), state._replace(
+    return jax.tree.map(update, direction, noise.trail, like), state._replace(
         iterations=jnp.zeros((), jnp.int32),
         residual_norm=jnp.zeros((), jnp.float32),
         predicted_kl=jnp.zeros((), jnp.float32),
         accepted=jnp.array(True),
-        noise=noise._replace(learned=learned, moments=moments, taken=jnp.zeros((), jnp.float32)),
+        noise=noise._replace(
+            learned=learned,
+            moments=moments,
+            trail=tree_zeros_like(noise.trail),
+        ),
     )
 
 

@@ -18,6 +18,6 @@ class NaturalGradientState(NamedTuple):
     iterations: Array  # int32 scalar, CG iterations of the last step
     residual_norm: Array  # float32 scalar, of the last solve
     predicted_kl: Array  # float32 scalar, 1/2 s^T (curvature) s for the step s; 0 if rejected
-    accepted: Array  # bool scalar; a step that was not is zeros, or takes back the last one
+    accepted: Array  # bool scalar; a step that was not is zeros, or takes back the last ones
     gradient_mismatch: Array  # bool scalar, what the last rejected step found, see scale_by_fisher
     noise: Any  # a NoiseState where nothing was set that noise would override, else None

@@ -77,7 +77,7 @@ def take_step(
         mismatch = jax.lax.cond(descent & outcome.worse, differs, lambda: state.gradient_mismatch)
     noise = state.noise
     if noise is not None:
-        noise = with_claim(noise, objective, record, outcome, step)
+        noise = with_claim(state, objective, record, outcome, step)
     return update, NaturalGradientState(
         count=optax.safe_increment(state.count),
         direction=_kept_direction(state.direction, attempt, accepted),
