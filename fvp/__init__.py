@@ -118,7 +118,7 @@ warn_if_broken(jax.__version__)
 
 
 def __getattr__(name: str) -> Any:
-    # Flax is optional: its helpers are imported when they are first used.
-    if name in ("linen", "nnx"):
+    # What stands on optional packages is imported when it is first used.
+    if name in ("interop", "linen", "nnx"):
         return importlib.import_module(f"fvp.{name}")
     raise AttributeError(f"module 'fvp' has no attribute {name!r}")
