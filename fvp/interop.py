@@ -36,8 +36,7 @@ def as_lineax(operator: Any, *, like: PyTree = None, positive_semidefinite: bool
       TypeError: for what can't be called, or for a callable without ``like``.
 
     Example:
-      >>> import jax.numpy as jnp, fvp, fvp.interop, pytest
-      >>> lineax = pytest.importorskip("lineax")
+      >>> import jax.numpy as jnp, lineax, fvp, fvp.interop
       >>> x = jnp.array([[1.0, 2.0], [3.0, 4.0]])
       >>> F = fvp.fisher(lambda w, x: x @ w, fvp.Gaussian(), jnp.zeros((2, 1)), x)
       >>> solver = lineax.CG(rtol=1e-6, atol=1e-6)
@@ -68,8 +67,8 @@ def as_scipy(operator: Any, *, like: PyTree = None) -> Any:
       TypeError: for what can't be called, or for a callable without ``like``.
 
     Example:
-      >>> import jax.numpy as jnp, fvp, fvp.interop, pytest
-      >>> linalg = pytest.importorskip("scipy.sparse.linalg")
+      >>> import jax.numpy as jnp, fvp, fvp.interop
+      >>> from scipy.sparse import linalg
       >>> A = fvp.interop.as_scipy(lambda v: jnp.arange(9.0) * v, like=jnp.zeros(9))
       >>> print(linalg.eigsh(A, 2, return_eigenvectors=False).round(3))
       [7. 8.]
@@ -98,7 +97,7 @@ class Matfree(NamedTuple):
 
 
 def as_matfree(operator: Any, *, like: PyTree = None) -> Matfree:
-    """The product with vectors and an example of one: ``matvec, like = as_matfree(F)``.
+    """The product with vectors (P,), and zeros of their shape and dtype.
 
     For what this library leaves to matfree, such as log-determinants and spectral densities by
     stochastic Lanczos quadrature.
@@ -111,8 +110,7 @@ def as_matfree(operator: Any, *, like: PyTree = None) -> Matfree:
       TypeError: for what can't be called, or for a callable without ``like``.
 
     Example:
-      >>> import jax, jax.numpy as jnp, fvp, fvp.interop, pytest
-      >>> matfree = pytest.importorskip("matfree")
+      >>> import jax, jax.numpy as jnp, fvp, fvp.interop
       >>> from matfree import decomp, funm, stochtrace
       >>> matvec, like = fvp.interop.as_matfree(lambda v: 2 * v, like=jnp.zeros(8))
       >>> integrand = funm.monte_carlo_funm_sym_logdet(decomp.tridiag_sym(1))
