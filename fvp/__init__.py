@@ -26,6 +26,7 @@ from fvp.curvature import (
     hessian,
     mc_fisher,
 )
+from fvp.estimation import eigenpairs, trace
 from fvp.heads import Gaussian, Head, LearnedScaleGaussian, NaturalHead, Root, Sigmoid, Softmax
 from fvp.layers import KFAC, Coverage, KFACInverse, fisher_diagonal, kfac
 from fvp.preconditioners import (
@@ -93,6 +94,7 @@ __all__ = [
     "Softmax",
     "cg",
     "diagonal_preconditioner",
+    "eigenpairs",
     "empirical_fisher",
     "empirical_fisher_vector_product",
     "fisher",
@@ -110,6 +112,7 @@ __all__ = [
     "scale_by_fisher",
     "scale_by_kfac",
     "solve_dual",
+    "trace",
 ]
 
 __version__ = "0.1.0"

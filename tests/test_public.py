@@ -67,6 +67,7 @@ CALLS = {
     "Softmax": lambda: HEAD.nll(model(PARAMS, X), Y),
     "cg": lambda: fvp.cg(FISHER, GRADIENT, damping=0.1)[0],
     "diagonal_preconditioner": lambda: fvp.diagonal_preconditioner(PARAMS, 2.0).mv(GRADIENT),
+    "eigenpairs": lambda: fvp.eigenpairs(FISHER, 2, KEY),
     "empirical_fisher": lambda: fvp.empirical_fisher(*PROBLEM, Y) @ PARAMS,
     "empirical_fisher_vector_product": lambda: fvp.empirical_fisher_vector_product(
         *PROBLEM, Y, PARAMS
@@ -86,6 +87,7 @@ CALLS = {
     "scale_by_fisher": lambda: step(fvp.scale_by_fisher(model, HEAD, solver="dual")),
     "scale_by_kfac": lambda: step(fvp.scale_by_kfac(model, HEAD)),
     "solve_dual": lambda: fvp.solve_dual(FISHER, GRADIENT, 0.1),
+    "trace": lambda: fvp.trace(FISHER, KEY, 4),
 }
 RECORDS = {
     "CGInfo",
