@@ -29,6 +29,7 @@ from fvp.curvature import (
 from fvp.estimation import eigenpairs, trace
 from fvp.heads import Gaussian, Head, LearnedScaleGaussian, NaturalHead, Root, Sigmoid, Softmax
 from fvp.layers import KFAC, Coverage, KFACInverse, fisher_diagonal, kfac
+from fvp.posteriors import Posterior, laplace
 from fvp.preconditioners import (
     Jacobi,
     Preconditioner,
@@ -85,6 +86,7 @@ __all__ = [
     "NaturalHead",
     "Observation",
     "OutputCurvature",
+    "Posterior",
     "Preconditioner",
     "Problem",
     "ReductionRatio",
@@ -106,6 +108,7 @@ __all__ = [
     "ggn_vector_product",
     "hessian",
     "kfac",
+    "laplace",
     "mc_fisher",
     "natural_gradient",
     "nystrom_preconditioner",

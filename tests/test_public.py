@@ -79,6 +79,7 @@ CALLS = {
     "ggn_vector_product": lambda: fvp.ggn_vector_product(*PROBLEM, Y, PARAMS),
     "hessian": lambda: fvp.hessian(*PROBLEM, Y) @ PARAMS,
     "kfac": lambda: fvp.kfac(*PROBLEM).solve(GRADIENT, 0.1),
+    "laplace": lambda: fvp.laplace(*PROBLEM).variance(),
     "mc_fisher": lambda: fvp.mc_fisher(*PROBLEM, KEY) @ PARAMS,
     "natural_gradient": lambda: step(fvp.natural_gradient(1.0, model, HEAD)),
     "nystrom_preconditioner": lambda: fvp.nystrom_preconditioner(
@@ -101,6 +102,7 @@ RECORDS = {
     "KFACInverse",
     "KFACState",
     "NaturalGradientState",
+    "Posterior",
 }
 
 

@@ -64,8 +64,8 @@ def eigenpairs(
     raveled = Raveled.of(operator, like)
     if k > raveled.size:
         raise ValueError(f"k: expected at most the {raveled.size} parameters, got {k}.")
-    tol = float(jnp.finfo(raveled.dtype).eps) ** 0.5 if tol is None else tol
-    values, vectors = _eigenpairs(operator, like, key, tol, k)
+    level = float(jnp.finfo(raveled.dtype).eps) ** 0.5 if tol is None else tol
+    values, vectors = _eigenpairs(operator, like, key, level, k)
     return values, jax.vmap(raveled.unravel)(vectors.T)
 
 
