@@ -5,6 +5,7 @@ from typing import Any
 
 import jax
 
+from fvp.attribution import influence
 from fvp.compatibility import warn_if_broken
 from fvp.control import DampingRule, FixedDamping, LevenbergMarquardt, Observation, ReductionRatio
 from fvp.curvature import (
@@ -107,6 +108,7 @@ __all__ = [
     "ggn",
     "ggn_vector_product",
     "hessian",
+    "influence",
     "kfac",
     "laplace",
     "mc_fisher",

@@ -78,6 +78,9 @@ CALLS = {
     "ggn": lambda: fvp.ggn(*PROBLEM, Y, chunk_size=3) @ PARAMS,
     "ggn_vector_product": lambda: fvp.ggn_vector_product(*PROBLEM, Y, PARAMS),
     "hessian": lambda: fvp.hessian(*PROBLEM, Y) @ PARAMS,
+    "influence": lambda: fvp.influence(
+        *PROBLEM, X[:2], damping=0.1, train_targets=Y, query_targets=Y[:2]
+    ),
     "kfac": lambda: fvp.kfac(*PROBLEM).solve(GRADIENT, 0.1),
     "laplace": lambda: fvp.laplace(*PROBLEM).variance(),
     "mc_fisher": lambda: fvp.mc_fisher(*PROBLEM, KEY) @ PARAMS,

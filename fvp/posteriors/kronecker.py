@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable
-from typing import Any, ClassVar, Self
+from typing import ClassVar, Self
 
 import jax
 import jax.numpy as jnp
@@ -13,7 +13,7 @@ from jax import Array
 from fvp.curvature import FisherCurvature, Problem
 from fvp.layers import KFAC, KFACInverse
 from fvp.layers.kfac import kfac_of
-from fvp.layers.kronecker import EigenInverse, KroneckerBlock, rotated_back
+from fvp.layers.kronecker import Bases, EigenInverse, KroneckerBlock, rotated_back
 from fvp.numerics import widen_tree
 from fvp.posteriors.structure import Options, Scales, Structure, WhitenedPrecision, total_of
 from fvp.typing import Params
@@ -55,7 +55,7 @@ class CorrectedKroneckerStructure(KroneckerStructure):
 
 def _eigen(
     block: KroneckerBlock, scales: list[Array], total: Array, equal: bool
-) -> tuple[Array, Any]:
+) -> tuple[Array, Bases]:
     """Eigenvalues and bases of a block of D^(-1/2) H D^(-1/2)."""
     sides = [scales[layout.view.leaf] for layout in block.layouts]
     if equal or len(sides) == 1:
@@ -79,7 +79,7 @@ class KroneckerWhitened(WhitenedPrecision):
     """A function of a block is that of its eigenvalues, in its eigenbases."""
 
     factors: KFAC
-    eigen: tuple[tuple[Array, Any], ...]
+    eigen: tuple[tuple[Array, Bases], ...]
     diagonals: dict[int, Array]
     like: Params
 
@@ -104,7 +104,7 @@ class KroneckerWhitened(WhitenedPrecision):
     def _applied(
         self, function: Callable[[Array], Array], kind: type[EigenInverse], v: Params
     ) -> Params:
-        blocks = tuple(kind(*bases, function(values)) for values, bases in self.eigen)
+        blocks = tuple(kind(*bases, function(x)) for x, bases in self.eigen)
         shapes = lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype)
         leaves, structure = jax.tree.flatten(jax.tree.map(shapes, widen_tree(v)))
         return KFACInverse(

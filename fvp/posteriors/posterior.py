@@ -8,6 +8,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from jax import Array
+from jax.core import Tracer
 
 from fvp.checks import check_nonnegative, check_positive_int
 from fvp.compilation import compiled_when_eager
@@ -161,7 +162,7 @@ def check_prior_precision(prior_precision: Any, params: Params) -> PyTree:
                 f"{name}: expected one number for all entries of a leaf, got shape"
                 f" {jnp.shape(leaf)}."
             )
-        if not isinstance(leaf, jax.core.Tracer) and float(leaf) == 0:
+        if not isinstance(leaf, Tracer) and float(leaf) == 0:
             raise ValueError(f"{name}: expected a positive number, got 0.")
         return jnp.asarray(leaf, float)
 
