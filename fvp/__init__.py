@@ -27,6 +27,7 @@ from fvp.curvature import (
     hessian,
     mc_fisher,
 )
+from fvp.datasets import DatasetOperator, dataset_operator, mean_over_batches
 from fvp.estimation import eigenpairs, trace
 from fvp.heads import Gaussian, Head, LearnedScaleGaussian, NaturalHead, Root, Sigmoid, Softmax
 from fvp.layers import KFAC, Coverage, KFACInverse, fisher_diagonal, kfac
@@ -69,6 +70,7 @@ __all__ = [
     "DampedSolver",
     "DampedSystem",
     "DampingRule",
+    "DatasetOperator",
     "Dense",
     "Dual",
     "EmpiricalCurvature",
@@ -96,6 +98,7 @@ __all__ = [
     "Sigmoid",
     "Softmax",
     "cg",
+    "dataset_operator",
     "diagonal_preconditioner",
     "eigenpairs",
     "empirical_fisher",
@@ -112,6 +115,7 @@ __all__ = [
     "kfac",
     "laplace",
     "mc_fisher",
+    "mean_over_batches",
     "natural_gradient",
     "nystrom_preconditioner",
     "scale_by_fisher",

@@ -66,6 +66,9 @@ CALLS = {
     "Sigmoid": lambda: fvp.Sigmoid().nll(jnp.zeros((2, 1)), jnp.ones((2, 1))),
     "Softmax": lambda: HEAD.nll(model(PARAMS, X), Y),
     "cg": lambda: fvp.cg(FISHER, GRADIENT, damping=0.1)[0],
+    "dataset_operator": lambda: (
+        fvp.dataset_operator(lambda x: fvp.fisher(model, HEAD, PARAMS, x), [X[:3], X[3:]]) @ PARAMS
+    ),
     "diagonal_preconditioner": lambda: fvp.diagonal_preconditioner(PARAMS, 2.0).mv(GRADIENT),
     "eigenpairs": lambda: fvp.eigenpairs(FISHER, 2, KEY),
     "empirical_fisher": lambda: fvp.empirical_fisher(*PROBLEM, Y) @ PARAMS,
@@ -84,6 +87,9 @@ CALLS = {
     "kfac": lambda: fvp.kfac(*PROBLEM).solve(GRADIENT, 0.1),
     "laplace": lambda: fvp.laplace(*PROBLEM).variance(),
     "mc_fisher": lambda: fvp.mc_fisher(*PROBLEM, KEY) @ PARAMS,
+    "mean_over_batches": lambda: fvp.mean_over_batches(
+        lambda x: fvp.fisher_diagonal(model, HEAD, PARAMS, x), [X[:3], X[3:]]
+    ),
     "natural_gradient": lambda: step(fvp.natural_gradient(1.0, model, HEAD)),
     "nystrom_preconditioner": lambda: fvp.nystrom_preconditioner(
         FISHER, PARAMS, 0.1, KEY, rank=2
@@ -101,6 +107,7 @@ RECORDS = {
     "Root",
     "Coverage",
     "CurvatureOperator",
+    "DatasetOperator",
     "KFAC",
     "KFACInverse",
     "KFACState",
