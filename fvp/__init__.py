@@ -5,6 +5,7 @@ from typing import Any
 
 import jax
 
+from fvp.attribution import influence
 from fvp.compatibility import warn_if_broken
 from fvp.control import DampingRule, FixedDamping, LevenbergMarquardt, Observation, ReductionRatio
 from fvp.curvature import (
@@ -26,6 +27,8 @@ from fvp.curvature import (
     hessian,
     mc_fisher,
 )
+from fvp.datasets import DatasetOperator, dataset_operator, mean_over_batches
+from fvp.estimation import eigenpairs, trace
 from fvp.heads import (
     ExponentialFamily,
     FromDistribution,
@@ -42,6 +45,7 @@ from fvp.heads import (
     StudentT,
 )
 from fvp.layers import KFAC, Coverage, KFACInverse, fisher_diagonal, kfac
+from fvp.posteriors import Posterior, laplace
 from fvp.preconditioners import (
     Jacobi,
     Preconditioner,
@@ -94,6 +98,7 @@ __all__ = [
     "DampedSolver",
     "DampedSystem",
     "DampingRule",
+    "DatasetOperator",
     "Dense",
     "Dual",
     "EmpiricalCurvature",
@@ -117,6 +122,7 @@ __all__ = [
     "Observation",
     "OutputCurvature",
     "Poisson",
+    "Posterior",
     "Preconditioner",
     "Problem",
     "Product",
@@ -129,9 +135,11 @@ __all__ = [
     "Summary",
     "cg",
     "confidence_intervals",
+    "dataset_operator",
     "delta_method",
     "density_fisher",
     "diagonal_preconditioner",
+    "eigenpairs",
     "empirical_fisher",
     "empirical_fisher_vector_product",
     "ewc_penalty",
@@ -144,9 +152,12 @@ __all__ = [
     "ggn",
     "ggn_vector_product",
     "hessian",
+    "influence",
     "kfac",
     "kl_divergence",
+    "laplace",
     "mc_fisher",
+    "mean_over_batches",
     "natural_gradient",
     "nystrom_preconditioner",
     "parameter_covariance",
@@ -156,6 +167,7 @@ __all__ = [
     "solve_dual",
     "standard_errors",
     "summary",
+    "trace",
 ]
 
 __version__ = "0.1.0"
@@ -164,7 +176,7 @@ warn_if_broken(jax.__version__)
 
 
 def __getattr__(name: str) -> Any:
-    # Flax is optional: its helpers are imported when they are first used.
-    if name in ("linen", "nnx"):
+    # What stands on optional packages is imported when it is first used.
+    if name in ("interop", "linen", "nnx"):
         return importlib.import_module(f"fvp.{name}")
     raise AttributeError(f"module 'fvp' has no attribute {name!r}")

@@ -103,7 +103,11 @@ CALLS = {
     "standard_errors": lambda: fvp.standard_errors(*REGRESSION),
     "summary": lambda: fvp.summary(PARAMS, ERRORS).p_values,
     "cg": lambda: fvp.cg(FISHER, GRADIENT, damping=0.1)[0],
+    "dataset_operator": lambda: (
+        fvp.dataset_operator(lambda x: fvp.fisher(model, HEAD, PARAMS, x), [X[:3], X[3:]]) @ PARAMS
+    ),
     "diagonal_preconditioner": lambda: fvp.diagonal_preconditioner(PARAMS, 2.0).mv(GRADIENT),
+    "eigenpairs": lambda: fvp.eigenpairs(FISHER, 2, KEY),
     "empirical_fisher": lambda: fvp.empirical_fisher(*PROBLEM, Y) @ PARAMS,
     "empirical_fisher_vector_product": lambda: fvp.empirical_fisher_vector_product(
         *PROBLEM, Y, PARAMS
@@ -114,8 +118,15 @@ CALLS = {
     "ggn": lambda: fvp.ggn(*PROBLEM, Y, chunk_size=3) @ PARAMS,
     "ggn_vector_product": lambda: fvp.ggn_vector_product(*PROBLEM, Y, PARAMS),
     "hessian": lambda: fvp.hessian(*PROBLEM, Y) @ PARAMS,
+    "influence": lambda: fvp.influence(
+        *PROBLEM, X[:2], damping=0.1, train_targets=Y, query_targets=Y[:2]
+    ),
     "kfac": lambda: fvp.kfac(*PROBLEM).solve(GRADIENT, 0.1),
+    "laplace": lambda: fvp.laplace(*PROBLEM).variance(),
     "mc_fisher": lambda: fvp.mc_fisher(*PROBLEM, KEY) @ PARAMS,
+    "mean_over_batches": lambda: fvp.mean_over_batches(
+        lambda x: fvp.fisher_diagonal(model, HEAD, PARAMS, x), [X[:3], X[3:]]
+    ),
     "natural_gradient": lambda: step(fvp.natural_gradient(1.0, model, HEAD)),
     "nystrom_preconditioner": lambda: fvp.nystrom_preconditioner(
         FISHER, PARAMS, 0.1, KEY, rank=2
@@ -123,6 +134,7 @@ CALLS = {
     "scale_by_fisher": lambda: step(fvp.scale_by_fisher(model, HEAD, solver="dual")),
     "scale_by_kfac": lambda: step(fvp.scale_by_kfac(model, HEAD)),
     "solve_dual": lambda: fvp.solve_dual(FISHER, GRADIENT, 0.1),
+    "trace": lambda: fvp.trace(FISHER, KEY, 4),
 }
 RECORDS = {
     "CGInfo",
@@ -134,10 +146,12 @@ RECORDS = {
     "Root",
     "Coverage",
     "CurvatureOperator",
+    "DatasetOperator",
     "KFAC",
     "KFACInverse",
     "KFACState",
     "NaturalGradientState",
+    "Posterior",
 }
 
 

@@ -61,7 +61,8 @@ def check_not_negative(weights: Any) -> None:
         return
     if np.min(np.asarray(weights), initial=0) < 0:
         raise ValueError(
-            "weights: fisher_diagonal, kfac and solve_dual expect 0 or more, got"
+            "weights: fisher_diagonal, kfac, solve_dual, laplace and influence expect 0 or"
+            " more, got"
             f" {np.min(np.asarray(weights))}; products and fvp.cg take negative ones."
         )
 

@@ -52,9 +52,14 @@ class KFAC:
     template: Template = dataclasses.field(metadata={"static": True})
     coverage: Coverage = dataclasses.field(metadata={"static": True})
 
+    @property
+    def like(self) -> Params:
+        """Shapes and dtypes of the parameters, as a tree of ``jax.ShapeDtypeStruct``."""
+        return jax.tree.unflatten(*self.template)
+
     def mv(self, v: Params) -> Params:
         """The factored curvature times ``v``, a tree like the parameters."""
-        return _multiply(self, check_like(v, self._like(), "v", "params"))
+        return _multiply(self, check_like(v, self.like, "v", "params"))
 
     def __matmul__(self, v: Params) -> Params:
         return self.mv(v)
@@ -104,7 +109,7 @@ class KFAC:
 
     def dense(self) -> Array:
         """The (P, P) matrix in ``ravel_pytree`` order; memory P^2, for small P."""
-        flat, unravel = ravel_pytree(zeros_of(self._like()))
+        flat, unravel = ravel_pytree(zeros_of(self.like))
         column = lambda e: ravel_pytree(self.mv(unravel(e)))[0]
         return jax.vmap(column, out_axes=1)(jnp.eye(flat.size, dtype=flat.dtype))
 
@@ -119,9 +124,6 @@ class KFAC:
         # docs/decisions/layers.md
         smallest = [bool(jnp.min(x) <= jnp.finfo(x.dtype).eps * jnp.max(x)) for x in values]
         return any(smallest)
-
-    def _like(self) -> Params:
-        return jax.tree.unflatten(*self.template)
 
     def _shapes(self) -> list[tuple[int, ...]]:
         return [shape.shape for shape in self.template[1]]
@@ -141,9 +143,14 @@ class KFACInverse:
     layouts: tuple[tuple[Layout, ...], ...] = dataclasses.field(metadata={"static": True})
     template: Template = dataclasses.field(metadata={"static": True})
 
+    @property
+    def like(self) -> Params:
+        """Shapes and dtypes of the parameters, as a tree of ``jax.ShapeDtypeStruct``."""
+        return jax.tree.unflatten(*self.template)
+
     def mv(self, v: Params) -> Params:
         """The damped inverse times ``v``."""
-        return _solve(self, check_like(v, jax.tree.unflatten(*self.template), "v", "params"))
+        return _solve(self, check_like(v, self.like, "v", "params"))
 
     def __matmul__(self, v: Params) -> Params:
         return self.mv(v)

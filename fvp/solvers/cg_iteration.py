@@ -334,20 +334,12 @@ class _Iteration:
 
     def _multiply(self, v: Params) -> tuple[Params, Array]:
         """A v, and v^T A v."""
-        operator = self.system.operator
-        if hasattr(operator, "mv_and_form"):
-            product, form = operator.mv_and_form(v)
-            return widen_tree(product), form.astype(self.dtype)
-        product = getattr(operator, "mv", operator)(v)
-        product = widen_tree(check_like(product, self.rhs, "operator(v)", "rhs"))
-        return product, self._dot(v, product)
+        product, form = product_and_form(self.system.operator, v, self.rhs)
+        return product, form.astype(self.dtype)
 
     def _precondition(self, r: Params) -> Params:
         """M r."""
-        if self.system.M is None:
-            return r
-        inverse = getattr(self.system.M, "mv", self.system.M)
-        return widen_tree(check_like(inverse(r), r, "M(v)", "rhs"))
+        return r if self.system.M is None else precondition(self.system.M, r)
 
     def _is_rounded(self) -> bool:
         """Whether directions are narrower than the vectors of the iteration."""
@@ -366,6 +358,21 @@ class _Iteration:
 
     def _to_x(self, y: Params) -> Params:
         return _to_x(y, self.root)
+
+
+def product_and_form(operator: Any, v: Params, rhs: Params) -> tuple[Params, Array]:
+    """A v in float32 or wider, and v^T A v, for ``v`` like the right-hand side."""
+    if hasattr(operator, "mv_and_form"):
+        product, form = operator.mv_and_form(v)
+        return widen_tree(product), form
+    product = getattr(operator, "mv", operator)(v)
+    product = widen_tree(check_like(product, rhs, "operator(v)", "rhs"))
+    return product, tree_vdot(v, product)
+
+
+def precondition(inverse: Any, r: Params) -> Params:
+    """M r in float32 or wider."""
+    return widen_tree(check_like(getattr(inverse, "mv", inverse)(r), r, "M(v)", "rhs"))
 
 
 def _to_x(y: Params, root: PyTree) -> Params:

@@ -25,7 +25,8 @@ from jax.core import Tracer
 from jax.typing import ArrayLike
 
 from fvp.checks import check_inexact_tree, check_like, check_nonnegative
-from fvp.solvers.cg_iteration import CGInfo, LinearSystem, solve, solve_compiled
+from fvp.solvers.cg_iteration import CGInfo, LinearSystem, solve_compiled
+from fvp.solvers.implicit import solve_implicitly
 from fvp.typing import Params
 
 
@@ -48,6 +49,10 @@ def cg(
     whether the tolerance is met. If not, the solve goes on from the true residual, until it
     is, or until a second check finds it hardly smaller: the dtype then holds no better x, and
     ``converged`` is False. ``tol=0`` with ``atol=0`` is never checked.
+
+    Differentiable in ``operator`` (its leaves, or what a callable closes over), ``rhs`` and
+    ``damping``, in forward and reverse mode: the derivatives are those of the exact solution, at
+    another solve each, to the same relative tolerance and within as many iterations.
 
     Args:
       operator: a curvature operator, or any linear callable ``v -> A v`` on trees like ``rhs``.
@@ -95,8 +100,6 @@ def cg(
             raise TypeError(
                 f"{name}: expected an operator or a callable v -> A v, got {linear_map!r}."
             )
-    # A function may read state that changes between calls, so it is never compiled for later calls.
-    opaque = any(callable(leaf) for leaf in jax.tree.leaves((operator, M)))
     system = LinearSystem(
         operator,
         M=M,
@@ -105,7 +108,11 @@ def cg(
         verify=verify,
         **options,
     )
-    return (solve if opaque else solve_compiled)(system, rhs, x0)
+    leaves = jax.tree.leaves((system, rhs, x0))
+    # A function may read state that changes between calls, so it is never compiled for later calls.
+    if any(isinstance(leaf, Tracer) or callable(leaf) for leaf in leaves):
+        return solve_implicitly(system, rhs, x0)
+    return solve_compiled(system, rhs, x0)
 
 
 def iteration_limit(rhs: Any, maxiter: Any) -> tuple[Any, int]:

@@ -37,7 +37,7 @@ def solve_dual(
     (:mod:`fvp.layers`), never from one backward pass per row; only parameters whose use has no
     layer rule take that. The cost is that of the (rows, rows) matrix and its Cholesky
     factorisation: choose it where rows = examples x outputs are fewer than the parameters, a few
-    thousand at most.
+    thousand at most. Differentiable in ``operator``, ``rhs`` and ``damping``, forward and reverse.
 
     Args:
       operator: from :func:`fvp.fisher`, :func:`fvp.ggn`, :func:`fvp.empirical_fisher` or
