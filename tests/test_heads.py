@@ -769,7 +769,7 @@ HEADS = [
     fvp.Multinomial(5),
     CASES["exponential-family"].head,
 ]
-every_head = pytest.mark.parametrize("head", HEADS, ids=str)
+every_head = pytest.mark.parametrize("head", HEADS, ids=lambda head: type(head).__name__)
 
 
 @every_head
