@@ -15,6 +15,11 @@ from fvp.numerics import power_of_two
 from fvp.raveled import Raveled
 from fvp.typing import Params, PyTree
 
+# docs/decisions/solvers.md
+_MORE = 4  # vectors of a block beyond those wanted
+_BLOCKS, _WIDTH = 8, 40  # of a span: at least so many blocks, and vectors
+_ROUNDS = 300
+
 _matmul = functools.partial(jnp.matmul, precision=jax.lax.Precision.HIGHEST)
 
 
@@ -72,8 +77,8 @@ def eigenpairs(
 @compiled_for_operators
 def _eigenpairs(operator: Any, like: PyTree, key: Array, tol: float, k: int) -> tuple[Array, Array]:
     raveled = Raveled.of(operator, like)
-    block = k + 4
-    blocks = max(8, 40 // block)
+    block = k + _MORE
+    blocks = max(_BLOCKS, _WIDTH // block)
     if block * blocks >= raveled.size:
         return _all_of_them(raveled, k)
     return _block_lanczos(raveled, key, tol, k, block, blocks)
@@ -105,7 +110,7 @@ def _block_lanczos(
     products = lambda columns: jax.lax.map(raveled.mv, columns.T).T / unit
 
     def unfinished(last: _Round) -> Array:
-        return (last.number < 300) & ~(last.residual <= tol * last.size)
+        return (last.number < _ROUNDS) & ~(last.residual <= tol * last.size)
 
     def another(last: _Round) -> _Round:
         noise = jax.random.split(jax.random.fold_in(key, last.number + 1), blocks)
