@@ -221,7 +221,8 @@ def test_map_params_reaches_the_trees_like_params_only(tx):
         pair = {
             name: scaled(2, getattr(moments, name)) for name in ("first_moment", "second_moment")
         }
-        noise = state.noise._replace(moments=moments._replace(**pair))
+        trail = scaled(2, state.noise.trail)
+        noise = state.noise._replace(trail=trail, moments=moments._replace(**pair))
         expected = expected._replace(noise=noise)
     jax.tree.map(np.testing.assert_array_equal, doubled, expected)
 

@@ -36,9 +36,9 @@ class Dense(DampedSolver):
     """F + damping I as a matrix, factorised: for small models.
 
     Damping and l2 are at least sqrt(eps) trace(F): below that a right-hand side's rounding outside
-    the range of F would be blown up. With targets it is taken back, by steps of refinement whose
-    residual is that of the outputs, and only eps P trace(F) is needed, the bound of a numerical
-    rank.
+    the range of F would be blown up. With targets, in float32 or wider, it is taken back, by steps
+    of refinement whose residual is that of the outputs, and only eps P trace(F) is needed, the
+    bound of a numerical rank.
     """
 
     direct: ClassVar[bool] = True
@@ -50,7 +50,9 @@ class Dense(DampedSolver):
         matrix = damped.operator.dense()
         matrix = matrix.astype(wide_dtype(matrix.dtype))
         eps, targets = float(jnp.finfo(matrix.dtype).eps), moment.targets
-        if damped.operator.linearized.jacobian is None:
+        leaves = jax.tree.leaves(damped.operator.like)
+        narrow = any(leaf.dtype != wide_dtype(leaf.dtype) for leaf in leaves)
+        if narrow or damped.operator.linearized.jacobian is None:
             targets = None
         level = eps**0.5 if targets is None else eps * len(matrix)
         damped, total = above_rounding(damped, matrix, level, moment.norm)
