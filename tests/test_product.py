@@ -326,3 +326,41 @@ def test_what_does_not_fit_is_said_at_trace_time():
         fvp.Product({"a": fvp.Softmax()}, {"b": 1.0})
     with pytest.raises(ValueError, match=r"weights\['a'\]: expected one number of 0 or more"):
         fvp.Product({"a": fvp.Softmax()}, {"a": -1.0})
+
+
+@either
+def test_posteriors_and_influence(weighted):
+    head, size = head_of(weighted), FLAT.size
+    total = SHARES.sum()
+    fisher = dense_sum(fisher_of, weighted)
+    covariance = jnp.linalg.inv(total * fisher + 0.5 * jnp.eye(size))
+
+    def found():
+        posterior = fvp.laplace(
+            model, head, PARAMS, X, prior_precision=0.5, structure="dense", weights=SHARES
+        )
+        mean, variance = posterior.predictive(X)
+        response = posterior.predictive_mean(X, KEY, num_samples=10)
+        evidence = posterior.log_evidence(TARGETS)
+        labels = {"train_targets": TARGETS, "query_targets": TARGETS}
+        scores = fvp.influence(model, head, PARAMS, X, X, damping=0.1, tol=1e-12, **labels)
+        return posterior.variance(), mean, variance, response, evidence, scores
+
+    parameters, mean, variance, response, evidence, scores = quick_jit(found)()
+    assert relative_error(ravel_pytree(parameters)[0], jnp.diag(covariance)) < 1e-8
+    for name in PARTS:
+        z = part(name)(PARAMS, X)
+        J = jax.jacobian(lambda flat, name=name: part(name)(UNRAVEL(flat), X))(FLAT)
+        assert relative_error(mean[name], z) < 1e-12
+        assert relative_error(variance[name], jnp.einsum("...p,pq,...q", J, covariance, J)) < 1e-8
+        assert response[name].shape == z.shape
+    losses = lambda flat: summed(
+        lambda name: PARTS[name].head.nll(part(name)(UNRAVEL(flat), X), TARGETS[name]), weighted
+    )
+    determinant = jnp.linalg.slogdet(jnp.eye(size) + 2 * total * fisher)[1]
+    expected = -SHARES @ losses(FLAT) - 0.25 * FLAT @ FLAT - 0.5 * determinant
+    np.testing.assert_allclose(evidence, expected, rtol=1e-9)
+    gradients = jax.jacobian(losses)(FLAT)
+    plain = lambda name: fvp.fisher(part(name), PARTS[name].head, PARAMS, X)
+    damped = dense_sum(plain, weighted) + 0.1 * jnp.eye(size)
+    assert relative_error(scores, -gradients @ jnp.linalg.solve(damped, gradients.T)) < 1e-7

@@ -109,7 +109,7 @@ def _influence(
     operator = build_operator(gauss_newton_of(HessianCurvature), training, None)
     jacobian = operator.linearized.jacobian
     assert jacobian is not None
-    scores = training.head.score(widen(operator.output), training.targets)
+    scores = training.head.score(widen(operator.linearized.output), training.targets)
     model = Linearization.of(queries.outputs, queries.params)
     losses = -queries.head.score(widen(model.output), queries.targets)
     level = jnp.finfo(losses.dtype).eps ** (2 / 3) if tol is None else tol

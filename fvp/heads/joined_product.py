@@ -39,6 +39,11 @@ class JoinedProduct(Head):
         self.check_outputs(z)
         return self.product.check_targets(jax.eval_shape(self.layout.split, z), y)
 
+    def mean(self, z: Array) -> Any:
+        """E[y given z] of each output, by name."""
+        parts: Any = self.layout.split(z)
+        return self.product.mean(parts)
+
     def sampled_score(self, key: Array, z: Array) -> Array:
         """That of the product, in one array."""
         return self._join(self.product.sampled_score(key, self.layout.split(z)))
@@ -47,7 +52,7 @@ class JoinedProduct(Head):
         return self.product._nll(self.layout.split(z), y)
 
     def _mean(self, z: Array) -> Any:
-        raise TypeError("mean: the means of a Product are by name; take that of the Product.")
+        return self.product._mean(self.layout.split(z))
 
     def _sample(self, key: Array, z: Array, dtype: DTypeLike) -> Any:
         return self.product._sample(key, self.layout.split(z), dtype)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from typing import Any
 
 import jax
@@ -115,7 +116,8 @@ def laplace(
     key = jax.random.key(0) if key is None else key
     leaves = _marked(last_layer, problem.params)
     found = _curvature(STRUCTURES[structure], problem, Options(rank, key, fallback, leaves))
-    return Posterior(problem.params, precision, *found, Model.of(model_fn), head)
+    model = dataclasses.replace(Model.of(model_fn), layout=problem.model.layout)
+    return Posterior(problem.params, precision, *found, model, problem.head)
 
 
 @compiled_when_eager

@@ -36,7 +36,7 @@ class Posterior(Record):
       mean: the parameters it is around, a pytree.
       prior_precision: a scalar, or a tree like the parameters with a scalar for each leaf.
       structure: the curvature H.
-      outputs: z at ``mean`` for the examples that H is of.
+      outputs: z at ``mean`` for the examples that H is of; one array, as ``head`` takes it.
       weights: their weights over the batch axes, or None.
       model: the model function.
       head: the output distribution.
@@ -70,7 +70,7 @@ class Posterior(Record):
 
     def predictive(
         self, batch: Batch, *, batch_axes: PyTree = 0, full_covariance: bool = False
-    ) -> tuple[Array, Array]:
+    ) -> tuple[Any, Any]:
         r"""Mean and variance of the outputs z of the model linearised at the mean.
 
         z = f(mean) + J (params - mean), so that Cov z_i = J_i (H + D)^-1 J_i^T. The noise of the
@@ -83,15 +83,15 @@ class Posterior(Record):
 
         Returns:
           ``(mean, variance)``, both of the shape of z; or the covariance of shape (batch axes, D,
-          D) for events of D entries, the event axes in one.
+          D) for events of D entries, the event axes in one, and the outputs of
+          :class:`fvp.Product` one after the other in the order of their names.
         """
-        options = {"batch_axes": batch_axes}
-        problem = Problem.of(self.model, self.head, self.mean, batch, **options)
-        return _predictive(self, problem, full_covariance)
+        mean, variance = self._outputs_of(batch, batch_axes, full_covariance)
+        return self._by_name(mean), variance if full_covariance else self._by_name(variance)
 
     def predictive_mean(
         self, batch: Batch, key: Array, *, num_samples: int = 1000, batch_axes: PyTree = 0
-    ) -> Array:
+    ) -> Any:
         """E[y] under the posterior: the class probabilities of :class:`fvp.Softmax`.
 
         The mean of ``head.mean(z)`` over ``num_samples`` draws of z as :meth:`predictive` has it.
@@ -103,10 +103,10 @@ class Posterior(Record):
           batch_axes: as there.
 
         Returns:
-          An array of the shape of z.
+          An array of the shape of ``head.mean(z)``; a dict of them for :class:`fvp.Product`.
         """
         check_positive_int(num_samples, "num_samples")
-        mean, covariance = self.predictive(batch, batch_axes=batch_axes, full_covariance=True)
+        mean, covariance = self._outputs_of(batch, batch_axes, full=True)
         return _mean_response(self.head, mean, covariance, jax.random.split(key, num_samples))
 
     def log_evidence(self, targets: PyTree) -> Array:
@@ -124,6 +124,14 @@ class Posterior(Record):
           A scalar in float32 or wider.
         """
         return _log_evidence(self, targets)
+
+    def _outputs_of(self, batch: Batch, batch_axes: PyTree, full: bool) -> tuple[Array, Array]:
+        """:meth:`predictive` in one array."""
+        problem = Problem.of(self.model, self.head, self.mean, batch, batch_axes=batch_axes)
+        return _predictive(self, problem, full)
+
+    def _by_name(self, z: Array) -> Any:
+        return z if self.model.layout is None else self.model.layout.split(z)
 
     def _whitened(self) -> tuple[Scales, WhitenedPrecision]:
         """D^(-1/2) and the factorised precision between two of them."""
@@ -199,16 +207,17 @@ def _predictive(posterior: Posterior, problem: Problem, full: bool) -> tuple[Arr
 
 
 @compiled_when_eager
-def _mean_response(head: Head, mean: Array, covariance: Array, keys: Array) -> Array:
+def _mean_response(head: Head, mean: Array, covariance: Array, keys: Array) -> Any:
     values, vectors = eigh_semidefinite(covariance)
     root = vectors * jnp.sqrt(values)[..., None, :]
 
-    def response(key: Array) -> Array:
+    def response(key: Array) -> Any:
         noise = jax.random.normal(key, covariance.shape[:-1], covariance.dtype)
         z = widen(mean) + einsum("...ij,...j->...i", root, noise).reshape(mean.shape)
         return head.mean(z)
 
-    return (scan_sum(response, keys) / len(keys)).astype(mean.dtype)
+    total = scan_sum(response, keys)
+    return jax.tree.map(lambda x: (x / len(keys)).astype(mean.dtype), total)
 
 
 @compiled_when_eager
