@@ -159,7 +159,7 @@ def reference(gs, count):
     bases = [np.eye(a), np.eye(b)]
     mean, square = np.zeros((a, b)), np.zeros((a, b))
     for i, g in enumerate(gs[:count]):
-        sides = [0.95 * sides[0] + g @ g.T, 0.95 * sides[1] + g.T @ g]
+        sides = [0.99 * sides[0] + g @ g.T, 0.99 * sides[1] + g.T @ g]
         if i % 10 == 0:
             new = []
             for side, basis in zip(sides, bases, strict=True):
@@ -210,9 +210,9 @@ def test_axes_of_three_and_of_length_one_and_empty_leaves():
 
 
 def test_long_axes_keep_their_coordinates():
-    moments = Moments.of([jnp.zeros((2000, 1500)), jnp.zeros((64, 32)), jnp.zeros((63, 32))])
+    moments = Moments.of([jnp.zeros((2000, 1500)), jnp.zeros((640, 32)), jnp.zeros((639, 32))])
     sizes = [[len(basis) for basis in bases] for bases in moments.bases]
-    assert sizes == [[], [32], [63, 32]]
+    assert sizes == [[], [32], [639, 32]]
 
 
 def test_a_coordinate_that_was_silent_takes_no_long_step():
@@ -367,24 +367,26 @@ def test_full_batches_stay_so_where_others_change_the_steps(make, rate):
 
 
 @pytest.mark.parametrize(("make", "rate"), [(natural_gradient, 1.0), (scale_by_kfac, 0.25)])
-@pytest.mark.parametrize("seed", [3, 11])
-def test_the_steps_that_show_it_are_taken_back(make, rate, seed):
+@pytest.mark.parametrize(("seed", "size", "risen"), [(3, 3, True), (11, 3, True), (3, 32, False)])
+def test_the_steps_that_show_it_are_taken_back(make, rate, seed, size, risen):
     x, y = digits()
     order = np.random.default_rng(seed).permutation(len(x))
     tx = make(rate)
     params, state, step = start(), tx.init(start()), stepper(tx)
     path = [params]
-    for i in range(12):
-        rows = order[3 * i : 3 * i + 3]
+    for i in range(len(x) // size):
+        rows = order[size * i : size * (i + 1)]
         params, state, _ = step(params, state, x[rows], y[rows])
         path.append(params)
         if noise_of(state).leads:
             break
     noise = noise_of(state)
     assert noise.leads
-    # The update that finds it is a first one under noise from where the first step started.
+    assert noise.claims.loss_has_risen == risen
+    # The update that finds it is a first one under noise, from where the first step started, or the
+    # last one where the loss has fallen on the whole.
     first = jax.tree.map(lambda d: rate * noise.learned.length * d, noise.moments.direction(params))
-    expected = jax.tree.map(jnp.subtract, path[0], first)
+    expected = jax.tree.map(jnp.subtract, path[0 if risen else -3], first)
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=2e-5), params, expected)
     assert jax.tree.structure(state) == jax.tree.structure(tx.init(start()))
 

@@ -66,3 +66,8 @@ class Claims(NamedTuple):
     def noise_leads(self) -> Array:
         """Whether the loss of fresh batches fell by less than half of what steps claimed."""
         return self.refuted > _HALF * self.claimed + self.rounding
+
+    @property
+    def loss_has_risen(self) -> Array:
+        """Whether fresh batches took back all that was claimed: their loss is above its average."""
+        return self.refuted > self.claimed

@@ -18,10 +18,10 @@ from fvp.tracing.steps import Shape
 from fvp.typing import Params
 
 # docs/decisions/steps.md
-_MEAN, _SQUARES, _OUTER = 0.9, 0.95, 0.95  # memories of the averages
+_MEAN, _SQUARES, _OUTER = 0.9, 0.95, 0.99  # memories of the averages
 _PERIOD = 10  # steps between two refreshments of the bases
 _LARGEST = 1024  # axes that are longer keep their own coordinates
-_PER_COLUMN = 2  # as do those of so many entries or more for each column of the gradient
+_PER_COLUMN = 20  # as do those of so many entries or more for each column of the gradient
 _FLOOR = 2.0**-32  # least square over the largest of its leaf
 _KEPT = 2.0**-16  # of the trace: where outer products are smaller, the basis stays as it is
 
@@ -110,9 +110,12 @@ class Moments(NamedTuple):
 
 
 def turned_axes(shape: Shape) -> tuple[int, ...]:
-    """The axes that get a basis: those along which one gradient has columns enough to tell it."""
-    columns = lambda size: math.prod(shape) / size
-    told = lambda size: 1 < size <= _LARGEST and size < _PER_COLUMN * columns(size)
+    """The axes that get a basis: those that the columns of some twenty gradients tell."""
+
+    def told(size: int) -> bool:
+        columns = math.prod(shape) / size if size else 0
+        return size <= _LARGEST and columns > 1 and 1 < size < _PER_COLUMN * columns
+
     return tuple(axis for axis, size in enumerate(shape) if told(size))
 
 

@@ -19,7 +19,7 @@ from fvp.control.claims import MEMORY, Claims
 from fvp.control.learned_length import LearnedLength
 from fvp.control.record import Outcome, Step
 from fvp.mesh import auto_sharded
-from fvp.numerics import tree_vdot, tree_zeros_like
+from fvp.numerics import computed_once, tree_vdot, tree_zeros_like
 from fvp.preconditioners.moments import Moments
 from fvp.transforms.objective import Objective
 from fvp.transforms.options import Options
@@ -28,7 +28,7 @@ from fvp.typing import Params
 
 # First decrease of the loss over the claims before it; docs/decisions/steps.md
 _CAUTION = 0.01
-_REMEMBERED = 10  # steps of which all are taken back
+_REMEMBERED = 10  # steps before which none is forgotten
 
 
 class NoiseState(NamedTuple):
@@ -119,7 +119,9 @@ def _part_taken(state: NaturalGradientState, params: Params) -> Array:
 def noise_step(
     options: Options, gradient: Params, state: NaturalGradientState, objective: Objective
 ) -> tuple[Params, NaturalGradientState]:
-    """One step where noise leads; the first also takes back the last that were solved for.
+    """One step where noise leads; the first also takes back what was fitted to the batches.
+
+    That is the last step that was solved for, or where the loss has risen all that are remembered.
 
     A gradient whose square is beyond the range of floats, or not finite, changes nothing.
     """
@@ -148,13 +150,16 @@ def _made(
     first = _first_length(noise.claims, norm, size)
     learned = learned._replace(length=jnp.where(learned.length == 0, first, learned.length))
     rate = (options.rate(state.count) * learned.length).astype(jnp.float32)
+    rate, taken, risen = computed_once((rate, noise.taken, noise.claims.loss_has_risen))
 
-    def update(d: Array, back: Array, g: Array) -> Array:
+    def update(d: Array, last: Array, trail: Array, g: Array) -> Array:
         largest = float(jnp.finfo(g.dtype).max)
-        step = rate * d.astype(jnp.float32) - back.astype(jnp.float32)
+        d, last, trail = (x.astype(jnp.float32) for x in (d, last, trail))
+        step = rate * d - jnp.where(risen, trail, taken * last)
         return jnp.clip(options.sign * step, -largest, largest).astype(g.dtype)
 
-    return jax.tree.map(update, direction, noise.trail, like), state._replace(
+    step = jax.tree.map(update, direction, state.direction, noise.trail, like)
+    return step, state._replace(
         iterations=jnp.zeros((), jnp.int32),
         residual_norm=jnp.zeros((), jnp.float32),
         predicted_kl=jnp.zeros((), jnp.float32),
@@ -163,6 +168,7 @@ def _made(
             learned=learned,
             moments=moments,
             trail=tree_zeros_like(noise.trail),
+            taken=jnp.zeros((), jnp.float32),
         ),
     )
 
