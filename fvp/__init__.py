@@ -28,7 +28,7 @@ from fvp.curvature import (
     mc_fisher,
 )
 from fvp.datasets import DatasetOperator, dataset_operator, mean_over_batches
-from fvp.estimation import eigenpairs, trace
+from fvp.estimation import CurvatureComparison, compare_curvatures, eigenpairs, trace
 from fvp.heads import (
     ExponentialFamily,
     FromDistribution,
@@ -93,6 +93,7 @@ __all__ = [
     "Auto",
     "CGInfo",
     "Coverage",
+    "CurvatureComparison",
     "CurvatureOperator",
     "DampedCurvature",
     "DampedSolver",
@@ -134,6 +135,7 @@ __all__ = [
     "StudentT",
     "Summary",
     "cg",
+    "compare_curvatures",
     "confidence_intervals",
     "dataset_operator",
     "delta_method",

@@ -89,6 +89,9 @@ CALLS = {
     "Sigmoid": lambda: fvp.Sigmoid().nll(jnp.zeros((2, 1)), jnp.ones((2, 1))),
     "Softmax": lambda: HEAD.nll(model(PARAMS, X), Y),
     "StudentT": lambda: fvp.StudentT(3.0).nll(X, 2 * X),
+    "compare_curvatures": lambda: (
+        fvp.compare_curvatures(FISHER, fvp.ggn(*PROBLEM, Y), GRADIENT, KEY, damping=0.1).cosine
+    ),
     "confidence_intervals": lambda: fvp.confidence_intervals(PARAMS, ERRORS),
     "delta_method": lambda: fvp.delta_method(lambda p: p["w"].sum(), PARAMS, jnp.eye(8)),
     "density_fisher": lambda: (
@@ -145,6 +148,7 @@ RECORDS = {
     "Problem",
     "Root",
     "Coverage",
+    "CurvatureComparison",
     "CurvatureOperator",
     "DatasetOperator",
     "KFAC",

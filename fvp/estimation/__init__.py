@@ -1,6 +1,7 @@
-"""What products alone tell of an operator: its trace, and its largest eigenvalues."""
+"""What products alone tell of operators: traces, largest eigenvalues, how far two are apart."""
 
+from fvp.estimation.comparison import CurvatureComparison, compare_curvatures
 from fvp.estimation.eigenpairs import eigenpairs
 from fvp.estimation.trace import trace
 
-__all__ = ["eigenpairs", "trace"]
+__all__ = ["CurvatureComparison", "compare_curvatures", "eigenpairs", "trace"]
