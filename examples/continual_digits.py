@@ -107,7 +107,7 @@ def draw(results, steps, path):
     figure, axes = plt.subplots(1, 2, figsize=(9, 3.8), sharey=True, layout="constrained")
     for task, (axis, title) in enumerate(zip(axes, ("first task", "second task"), strict=True)):
         for colour, (name, accuracies) in enumerate(results.items()):
-            at = np.linspace(0, steps, accuracies.shape[1])
+            at = np.minimum(EVERY * np.arange(accuracies.shape[1]), steps)
             axis.plot(at, accuracies[..., task].T, f"C{colour}", alpha=0.25, linewidth=1)
             axis.plot(at, accuracies[..., task].mean(0), f"C{colour}", label=name)
         axis.set(xlabel="training steps on the second task", title=title, ylim=(0, 1.02))
