@@ -19,7 +19,12 @@ def ewc_penalty(
 
     Added to the loss of a new task it keeps the parameters that an old one needs: ``anchor`` are
     the parameters after it, and ``importance`` the diagonal of its Fisher there,
-    ``fvp.fisher_diagonal(...)``, times its number of examples for the whole of its likelihood.
+    ``fvp.fisher_diagonal(...)``, times its number of examples for the whole of its likelihood, or,
+    beside the mean loss of a new task, times the ratio of their numbers. Expect to raise
+    ``strength`` to some hundreds: the diagonal knows nothing of changes of many parameters at once.
+
+    After several tasks one penalty stands for all: the anchor is where the last one ended, and the
+    importance a running sum, ``decay * importance + fvp.fisher_diagonal(...)``.
 
     Args:
       params: pytree of floating-point arrays.
@@ -41,7 +46,8 @@ def ewc_penalty(
       6.5
 
     Reference:
-      J. Kirkpatrick et al., Overcoming catastrophic forgetting in neural networks, 2017.
+      J. Kirkpatrick et al., Overcoming catastrophic forgetting in neural networks, 2017; on several
+      tasks: A. Chaudhry et al., Riemannian walk for incremental learning, 2018 (arXiv 1801.10112).
     """
     params = check_inexact_tree(params, "params")
     anchor = check_like(anchor, params, "anchor", "params", cast=False)
