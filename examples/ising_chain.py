@@ -19,7 +19,8 @@ import jax
 import jax.numpy as jnp
 import matplotlib
 import numpy as np
-from scipy.sparse.linalg import LinearOperator, eigsh
+from scipy.sparse import csr_array, diags_array
+from scipy.sparse.linalg import eigsh
 from tqdm import tqdm
 
 import fvp
@@ -32,6 +33,7 @@ SITES, FEATURES = 12, 8
 STATES = np.arange(2**SITES)
 SPINS = 1.0 - 2.0 * (STATES[:, None] >> np.arange(SITES) & 1)
 NEIGHBOURS = STATES[:, None] ^ (1 << np.arange(SITES))
+DIAGONAL = -(SPINS * np.roll(SPINS, 1, axis=1)).sum(1)
 
 
 def initial(key):
@@ -51,14 +53,14 @@ def log_psi(params, spins):
 
 def apply_hamiltonian(psi, field):
     """H psi, both at all states."""
-    diagonal = -(SPINS * np.roll(SPINS, 1, axis=1)).sum(1)
-    return diagonal * psi - field * psi[NEIGHBOURS].sum(1)
+    return DIAGONAL * psi - field * psi[NEIGHBOURS].sum(1)
 
 
 def ground_energy(field):
     """By exact diagonalisation."""
-    shape = (len(STATES), len(STATES))
-    hamiltonian = LinearOperator(shape, lambda psi: apply_hamiltonian(psi, field), dtype=float)
+    rows = np.repeat(STATES, SITES)
+    flips = csr_array((np.ones(rows.size), (rows, NEIGHBOURS.ravel())))
+    hamiltonian = diags_array(DIAGONAL) - field * flips
     return eigsh(hamiltonian, k=1, which="SA", return_eigenvectors=False)[0]
 
 

@@ -30,7 +30,7 @@ matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 
 HEAD, WIDTHS = fvp.Gaussian(), (3, 64, 64, 2)
-LEVELS = np.geomspace(3.0, 0.05, 60, dtype=np.float32)  # standard deviations of the noise
+LEVELS = np.geomspace(5.0, 0.05, 60, dtype=np.float32)  # standard deviations of the noise
 
 
 def initial(key):
@@ -100,7 +100,8 @@ def sample(params, z):
         return x + (after - before) * slope, None
 
     levels = jnp.asarray(LEVELS)
-    return jax.lax.scan(step, levels[0] * z, (levels[:-1], levels[1:]))[0]
+    start = jnp.sqrt(1 + levels[0] ** 2) * z  # the data are of variance one
+    return jax.lax.scan(step, start, (levels[:-1], levels[1:]))[0]
 
 
 def energy_distance(x, y):
@@ -112,7 +113,7 @@ def draw(x, samples, params, path):
         1, 3, figsize=(12, 4), layout="constrained", sharex=True, sharey=True
     )
     for panel, points, title in ((axes[0], x, "data"), (axes[1], samples, "samples")):
-        panel.plot(*points.T, ".", markersize=2)
+        panel.plot(*points[:2000].T, ".", markersize=2)
         panel.set(title=title)
     level, axis = 0.3, np.linspace(-2.5, 2.5, 25, dtype=np.float32)
     grid = np.stack(np.meshgrid(axis, axis), axis=-1).reshape(-1, 2)
@@ -127,22 +128,22 @@ def draw(x, samples, params, path):
 
 def main():
     parser = argparse.ArgumentParser(formatter_class=argparse.ArgumentDefaultsHelpFormatter)
-    parser.add_argument("--steps", type=int, default=1000)
+    parser.add_argument("--steps", type=int, default=1500)
     parser.add_argument("--adam", type=float, default=0.01, help="learning rate of Adam")
     parser.add_argument("--output", type=Path, default=Path("out/score_matching.png"))
     arguments = parser.parse_args()
 
-    points, _ = make_moons(6000, noise=0.08, random_state=0)
+    points = np.asarray(make_moons(10_000, noise=0.08, random_state=0)[0])
     points = (points - points.mean(0)) / points.std(0)
-    x, held_out, others = np.split(points.astype(np.float32), 3)
+    x, held_out, others = np.split(points.astype(np.float32), [2000, 6000])
     transformations = {
         "natural gradient": fvp.natural_gradient(1.0, predicted_noise, HEAD),
         "Adam": optax.adam(arguments.adam),
     }
     fitted = {name: train(tx, x, arguments.steps) for name, tx in transformations.items()}
-    z = jax.random.normal(jax.random.key(2), x.shape)
+    z = jax.random.normal(jax.random.key(2), held_out.shape)
     samples = {name: np.asarray(sample(params, z)) for name, params in fitted.items()}
-    batch, noise = noised(np.tile(held_out, (20, 1)), jax.random.key(3))
+    batch, noise = noised(np.tile(held_out, (10, 1)), jax.random.key(3))
     print(f"energy distance of data to points held out: {energy_distance(others, held_out):.4f}")
     for name, params in fitted.items():
         distance = energy_distance(samples[name], held_out)
