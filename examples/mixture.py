@@ -116,7 +116,7 @@ def main():
     parser = argparse.ArgumentParser(formatter_class=argparse.ArgumentDefaultsHelpFormatter)
     parser.add_argument("--steps", type=int, default=100)
     parser.add_argument("--draws", type=int, default=4000, help="of the mixture, for its Fisher")
-    parser.add_argument("--adam", type=float, default=0.1, help="learning rate of Adam")
+    parser.add_argument("--adam", type=float, default=0.2, help="learning rate of Adam")
     parser.add_argument("--output", type=Path, default=Path("out/mixture.png"))
     arguments = parser.parse_args()
     jax.config.update("jax_enable_x64", True)
