@@ -26,8 +26,6 @@ matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 
 COMPONENTS = 4
-
-
 TRUTH = {
     "logits": np.log([0.4, 0.3, 0.2, 0.1]),
     "mean": np.array([[-1.5, 0.0], [1.5, 0.5], [0.0, 2.0], [0.5, -1.5]]),

@@ -99,7 +99,7 @@ CALLS = {
     ),
     "dual": lambda f, b, axes: fvp.solve_dual(fvp.fisher(f, HEAD, PARAMS, b), PARAMS, 0.1),
     "transform": scale_by_fisher(),
-    "chunked transform": scale_by_fisher(chunk_size=4),
+    "chunked transform": scale_by_fisher(chunk_size=4, damping=0.1),
     "bent transform": scale_by_fisher(solver="dense", geodesic=True, line_search="loss"),
 }
 
