@@ -68,6 +68,46 @@ def test_score_fisher_can_be_solved_with(log_prob, weights, centered):
     assert relative_error(solution, expected) < 1e-8
 
 
+@pytest.mark.parametrize("weighted", [False, True])
+@pytest.mark.parametrize("make", ["solve_dual", "dense"])
+def test_centred_scores_cost_little_more_than_their_second_moment(make, weighted):
+    keys = jax.random.split(jax.random.key(0), 3)
+    params = {"w": jax.random.normal(keys[0], (10, 20)), "v": jax.random.normal(keys[1], (20, 2))}
+    samples = jax.random.normal(keys[2], (64, 10))
+    weights = jnp.linspace(0, 2, 64) if weighted else None
+    use = {
+        "solve_dual": lambda S: fvp.solve_dual(S, params, 0.1),
+        "dense": lambda S: S.dense(),
+    }[make]
+
+    def flops(centered):
+        build = lambda p: fvp.score_fisher(real, p, samples, weights=weights, centered=centered)
+        return jax.jit(lambda p: use(build(p))).lower(params).compile().cost_analysis()["flops"]
+
+    assert flops(centered=True) < 1.2 * flops(centered=False)
+
+
+def test_scores_without_a_layer_are_centred():
+    """Each parameter multiplies one feature, and is summed over."""
+    log_prob = lambda p, x: jnp.sum(jnp.sin(p["w"][:, 0] * x) * jnp.cumsum(p["w"][:, 1] * x))
+    S = fvp.score_fisher(log_prob, PARAMS, SAMPLES, weights=WEIGHTS)
+    damped = dense_covariance(log_prob, WEIGHTS, centered=True) + 1e-2 * jnp.eye(FLAT.size)
+    expected = UNRAVEL(jnp.linalg.solve(damped, FLAT))
+    assert relative_error(fvp.solve_dual(S, PARAMS, 1e-2), expected) < 1e-10
+
+
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.float64])
+def test_a_mean_far_above_the_deviations_costs_no_more_than_its_digits(dtype):
+    level = 300.0  # of the mean score over its deviation
+    log_prob = lambda p, x: real(p, x) + level * jnp.sum(p["w"])
+    params, samples = jax.tree.map(lambda x: x.astype(dtype), (PARAMS, SAMPLES))
+    S = fvp.score_fisher(log_prob, params, samples)
+    damped = dense_covariance(real, None, centered=True) + 1e-1 * jnp.eye(FLAT.size)
+    expected = UNRAVEL(jnp.linalg.solve(damped, FLAT))
+    bound = 100 * level * float(jnp.finfo(dtype).eps)
+    assert relative_error(fvp.solve_dual(S, params, 1e-1), expected) < bound
+
+
 def test_a_normalisation_drops_out_of_centred_scores():
     unnormalised = lambda p, x: real(p, x) + jnp.sum(p["w"] ** 3)
     actual = fvp.score_fisher(unnormalised, PARAMS, SAMPLES) @ PARAMS

@@ -38,6 +38,8 @@ class Problem(Record):
       shard: number of the device's part, where the batch is split over a named axis, or None.
       axes: the example axis, or None, of each leaf of ``batch``; None where it is the first of all.
       axis_name: the mesh axes that the batch is split over inside ``shard_map``, or None.
+      uncentered: where ``model`` takes the weighted mean over the examples out of the outputs of
+        another, that other one, which treats the examples independently; or None.
     """
 
     model: Model
@@ -51,6 +53,7 @@ class Problem(Record):
     shard: Array | None = None
     axes: tuple[int | None, ...] | None = dataclasses.field(default=None, metadata={"static": True})
     axis_name: AxisName = dataclasses.field(default=None, metadata={"static": True})
+    uncentered: Model | None = None
 
     @classmethod
     def of(
@@ -95,6 +98,12 @@ class Problem(Record):
         """Raises where the model's outputs, or their shapes, do not fit the head or the mesh."""
         self.head.check_outputs(z)
         check_axis_name(self.params, z)
+
+    def before_centering(self) -> Self:
+        """The same of the model whose mean is not taken out, where there is one."""
+        if self.uncentered is None:
+            return self
+        return dataclasses.replace(self, model=self.uncentered, uncentered=None)
 
     def present(self) -> Self:
         """The same with inputs of weight zero that are not finite replaced by others."""

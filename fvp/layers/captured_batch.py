@@ -95,6 +95,20 @@ def capture_batch(
     return CapturedBatch.of(layers, make_columns)
 
 
+def captured_rows(
+    problem: Problem, make_columns: Callable[[tuple[int, ...]], Columns]
+) -> tuple[CapturedBatch, bool]:
+    """The captured batch of ``problem``, and whether its rows still hold their mean.
+
+    A mean over the examples that the model takes out would make them meet: it is left in, for
+    :func:`fvp.layers.columns.less_mean` to take out of the rows.
+    """
+    captured = CapturedBatch.of(capture_of(problem.before_centering()), make_columns)
+    if problem.uncentered is None or not captured.separate:
+        return captured, problem.uncentered is not None
+    return CapturedBatch.of(capture_of(problem), make_columns), False
+
+
 def capture_of(problem: Problem) -> Capture:
     """The layers of the model of ``problem``."""
     batch_axes = problem.batch_axes

@@ -92,6 +92,14 @@ def shares_of(problem: Problem, z: Array) -> Array:
     return weights / total
 
 
+def less_mean(rows: Array, shares: Array, axis: int) -> Array:
+    """sqrt(s_e) (a_e - sum_f s_f a_f), of the rows sqrt(s_e) a_e along ``axis``, for shares s."""
+    shares = shares.reshape(-1, *(1,) * (rows.ndim - axis - 1)).astype(rows.dtype)
+    scale = jnp.sqrt(jnp.abs(shares))
+    mean = jnp.sum(jnp.sign(shares) * scale * rows, axis=axis, keepdims=True)
+    return rows - scale * mean
+
+
 def separated(root: Root, shares: Array, separate: Sequence[int], event_ndim: int) -> Columns:
     """The columns of ``root``, weighted, one copy for each row along the axes ``separate``."""
     counts = shares.shape

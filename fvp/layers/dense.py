@@ -11,9 +11,9 @@ from jax.flatten_util import ravel_pytree
 
 from fvp.compilation import compiled_when_eager
 from fvp.curvature import CurvatureOperator
-from fvp.layers.captured_batch import CapturedBatch, capture_of
+from fvp.layers.captured_batch import CapturedBatch, captured_rows
 from fvp.layers.chunks import CHUNK
-from fvp.layers.columns import separated, shares_of
+from fvp.layers.columns import less_mean, separated, shares_of
 from fvp.layers.products import einsum
 from fvp.mesh import row_axes
 from fvp.numerics import widen, zeros_of
@@ -39,9 +39,10 @@ def dense_matrix(operator: CurvatureOperator) -> Float[Array, "P P"]:
         return _by_products(operator, unit_vectors, unravel)
     event_ndim, shares = problem.head.event_ndim, shares_of(problem, z)
     make = lambda separate: separated(root, jnp.abs(shares), separate, event_ndim)
-    captured = CapturedBatch.of(capture_of(problem), make)
+    captured, centered = captured_rows(problem, make)
     if not captured.unmatched and not captured.separate:
-        rows_of = lambda columns: gradient_rows(captured, columns)
+        centre = (lambda rows: less_mean(rows, shares, 1)) if centered else (lambda rows: rows)
+        rows_of = lambda columns: centre(gradient_rows(captured, columns))
     elif flat.size * z.size <= CHUNK:
         images = jax.vmap(lambda e: jacobian.jvp(unravel(e)))(unit_vectors)
         images = widen(images).reshape(flat.size, shares.size, -1)

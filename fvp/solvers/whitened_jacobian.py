@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from typing import Any, Self
 
 import jax
@@ -12,9 +13,9 @@ from jax import Array
 from fvp.curvature import CurvatureOperator
 from fvp.curvature.linearization import Linearization
 from fvp.curvature.problem import apply_weights
-from fvp.layers.captured_batch import CapturedBatch, capture_of
+from fvp.layers.captured_batch import CapturedBatch, captured_rows
 from fvp.layers.chunks import CHUNK
-from fvp.layers.columns import separated, shares_of
+from fvp.layers.columns import less_mean, separated, shares_of
 from fvp.layers.gram import gram_matrix
 from fvp.numerics import cast_like, widen, widen_tree
 
@@ -26,6 +27,7 @@ class WhitenedJacobian:
     operator: CurvatureOperator
     captured: CapturedBatch
     columns: Array  # (K, like z), weighted
+    centered: bool  # whether the mean row has to be taken out of the captured ones
 
     @classmethod
     def of(cls, operator: CurvatureOperator) -> Self:
@@ -35,8 +37,8 @@ class WhitenedJacobian:
         assert root is not None
         shares = shares_of(problem, operator.linearized.output)
         make = lambda separate: separated(root, shares, separate, problem.head.event_ndim)
-        captured = CapturedBatch.of(capture_of(problem), make)
-        return cls(operator, captured, captured.columns.all())
+        captured, centered = captured_rows(problem, make)
+        return cls(operator, captured, captured.columns.all(), centered)
 
     def times(self, v: Any) -> Array:
         """A v, of shape (K, E)."""
@@ -59,7 +61,14 @@ class WhitenedJacobian:
     def gram(self) -> Array:
         """A A^T, (K E, K E)."""
         unmatched = self.captured.unmatched
-        return gram_matrix(self.captured, self._plain_rows if unmatched else None)
+        gram = gram_matrix(self.captured, self._plain_rows if unmatched else None)
+        if not self.centered:
+            return gram
+        sides = (self.columns.shape[0], self._examples()) * 2
+        gram = gram.reshape(sides)
+        for axis in (1, 3):
+            gram = less_mean(gram, self.captured.shares, axis)
+        return gram.reshape(math.prod(sides[:2]), -1)
 
     def coefficients(self, targets: Any) -> Array | None:
         """The w with A^T w = the gradient of the loss at ``targets``; None where it is not known.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable
 from typing import Any
 
@@ -11,9 +12,12 @@ from jax import Array
 from jax.typing import ArrayLike
 
 from fvp.checks import check_inexact_tree, check_positive_int
-from fvp.curvature import CurvatureOperator, fisher
-from fvp.curvature.problem import apply_weights
+from fvp.curvature import CurvatureOperator, FisherCurvature
+from fvp.curvature.gauss_newton import gauss_newton_of
+from fvp.curvature.operator import build_operator
+from fvp.curvature.problem import Problem, apply_weights
 from fvp.heads import Gaussian
+from fvp.model import close_model
 from fvp.numerics import wide_dtype, widen
 from fvp.typing import Params, PyTree
 
@@ -46,7 +50,9 @@ def score_fisher(
 
     Returns:
       A :class:`CurvatureOperator`, for :func:`fvp.cg` and :func:`fvp.solve_dual` among others. Its
-      ``output`` is the (centred) log_prob, (N, 1), or (N, 2) of real and imaginary parts.
+      ``output`` is the (centred) log_prob, (N, 1), or (N, 2) of real and imaginary parts. Its
+      ``transpose_product(u)`` is the covariance of the scores with u, shaped like the output: of
+      local energies it is half the gradient of the energy of a real psi.
 
     Raises:
       ValueError: if ``log_prob`` is not a scalar, or for weights that do not fit.
@@ -66,9 +72,12 @@ def score_fisher(
     params = check_inexact_tree(params, "params")
     if not callable(log_prob):
         raise TypeError(f"log_prob: expected log_prob(params, x), got {log_prob!r}.")
-    model = jax.tree_util.Partial(_log_probabilities, log_prob, centered)
+    model = lambda centered: jax.tree_util.Partial(_log_probabilities, log_prob, centered)
     data = (samples, None if weights is None else jnp.asarray(weights))
-    return fisher(model, Gaussian(), params, data, weights=weights)
+    problem = Problem.of(model(centered), Gaussian(), params, data, weights=weights)
+    if centered:
+        problem = dataclasses.replace(problem, uncentered=close_model(model(False), data)[0])
+    return build_operator(gauss_newton_of(FisherCurvature), problem, None)
 
 
 def density_fisher(
