@@ -176,6 +176,28 @@ def test_density_fisher_of_a_normal_distribution():
     assert F.output.shape == (count, 1)
 
 
+def test_the_fisher_of_a_joint_density_is_marginal_and_mean_conditional():
+    """Of p(x) p(y given x): the mean of their cross terms is zero; z-scores below 5."""
+    params, count = {"mean": jnp.asarray(0.3), "slope": jnp.asarray(0.7)}, 100_000
+    noise = jax.random.normal(jax.random.key(0), (2, count))
+    x = params["mean"] + noise[0]
+    location = lambda p, x: p["mean"] + p["slope"] * x
+    samples = {"x": x, "y": location(params, x) + noise[1]}
+    marginal = lambda p, s: -0.5 * (s["x"] - p["mean"]) ** 2
+    conditional = lambda p, s: -0.5 * (s["y"] - location(p, s["x"])) ** 2
+    joint = lambda p, s: marginal(p, s) + conditional(p, s)
+    F = fvp.score_fisher(joint, params, samples, centered=False).dense()
+    scores = jax.vmap(jax.grad(joint), (None, 0))(params, samples)
+    scores = np.stack([scores["mean"], scores["slope"]], axis=1)
+    deviation = np.einsum("ni,nj->nij", scores, scores).std(0) / np.sqrt(count)
+    first = fvp.score_fisher(marginal, params, samples, centered=False).dense()
+    # The conditional Fisher needs no labels: its expectation over y is in closed form.
+    rest = fvp.fisher(location, fvp.Gaussian(event_ndim=0), params, x).dense()
+    assert (np.abs(F - (first + rest)) / deviation).max() < 5
+    expected = np.array([[2.0, 0.3], [0.3, 1.09]])
+    assert (np.abs(F - expected) / deviation).max() < 5
+
+
 def test_density_fisher_does_not_differentiate_its_samples():
     sample = lambda w, key: w + jax.random.normal(key)
     log_prob = lambda w, x: -0.5 * (x - w) ** 2

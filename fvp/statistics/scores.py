@@ -92,6 +92,9 @@ def density_fisher(
     Monte Carlo: the second moment of the scores of ``num_samples`` draws. The density has to be
     normalised, so that the mean of its score is zero; else take :func:`fvp.score_fisher`.
 
+    Of a joint p(x, y) it is that of p(x) plus the mean over x of that of p(y given x), which
+    :func:`fvp.fisher` knows without drawing y; the cross terms are of mean zero.
+
     Args:
       log_prob: ``log_prob(params, x)``, a real scalar, differentiable in params.
       sample: ``sample(params, key)`` draws one x, an array or a pytree.
