@@ -82,6 +82,8 @@ from fvp.statistics import (
 )
 from fvp.transforms import (
     NaturalGradientState,
+    describe,
+    diagnostics,
     natural_gradient,
     scale_by_fisher,
     scale_by_kfac,
@@ -140,6 +142,8 @@ __all__ = [
     "dataset_operator",
     "delta_method",
     "density_fisher",
+    "describe",
+    "diagnostics",
     "diagonal_preconditioner",
     "eigenpairs",
     "empirical_fisher",

@@ -117,7 +117,7 @@ class _Packed:
 
 @dataclasses.dataclass(frozen=True)
 class _ModelKey:
-    """A :class:`Model` without its arrays."""
+    """A `Model` without its arrays."""
 
     count: int
     structure: Any

@@ -30,12 +30,12 @@ def as_lineax(operator: Any, *, like: PyTree = None, positive_semidefinite: bool
       operator: a curvature operator, or any symmetric callable ``v -> A v`` on trees.
       like: pytree like what ``operator`` multiplies; needed for callables only.
       positive_semidefinite: whether to tag it so, which ``lineax.CG`` asks for. False for what may
-        be indefinite, such as :func:`fvp.hessian`.
+        be indefinite, such as `fvp.hessian`.
 
     Raises:
       TypeError: for what can't be called, or for a callable without ``like``.
 
-    Example:
+    Examples:
       >>> import jax.numpy as jnp, lineax, fvp, fvp.interop
       >>> x = jnp.array([[1.0, 2.0], [3.0, 4.0]])
       >>> F = fvp.fisher(lambda w, x: x @ w, fvp.Gaussian(), jnp.zeros((2, 1)), x)
@@ -66,7 +66,7 @@ def as_scipy(operator: Any, *, like: PyTree = None) -> Any:
     Raises:
       TypeError: for what can't be called, or for a callable without ``like``.
 
-    Example:
+    Examples:
       >>> import jax.numpy as jnp, fvp, fvp.interop
       >>> from scipy.sparse import linalg
       >>> A = fvp.interop.as_scipy(lambda v: jnp.arange(9.0) * v, like=jnp.zeros(9))
@@ -109,7 +109,7 @@ def as_matfree(operator: Any, *, like: PyTree = None) -> Matfree:
     Raises:
       TypeError: for what can't be called, or for a callable without ``like``.
 
-    Example:
+    Examples:
       >>> import jax, jax.numpy as jnp, fvp, fvp.interop
       >>> from matfree import decomp, funm, stochtrace
       >>> matvec, like = fvp.interop.as_matfree(lambda v: 2 * v, like=jnp.zeros(8))

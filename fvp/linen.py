@@ -8,7 +8,7 @@ curvature see the same ones:
       {"params": params, "batch_stats": batch["stats"]}, batch["x"],
       rngs={"dropout": batch["key"]}, mutable=["batch_stats"])[0]
 
-Example:
+Examples:
   >>> import jax, jax.numpy as jnp, fvp, fvp.linen
   >>> from flax import linen as nn
   >>> x, y, module = jnp.eye(3), jnp.array([0, 1, 1]), nn.Dense(2)
@@ -82,7 +82,7 @@ def estimate_batch_statistics(
     Raises:
       ValueError: without batches, or where a pass leaves the statistics as they are.
 
-    Example:
+    Examples:
       >>> import jax, jax.numpy as jnp, fvp.linen
       >>> from flax import linen as nn
       >>> x, module = jnp.array([[1.0], [3.0]]), nn.BatchNorm(use_running_average=False)

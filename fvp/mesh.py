@@ -28,7 +28,7 @@ def to_local(tree: PyTree, axis_name: AxisName, name: str) -> Any:
 
     Without it ``jax.shard_map`` (with ``check_vma=True``) sums cotangents over devices wherever a
     replicated value meets a split one: at every time step of a scan, and once more than the
-    explicit sum of :func:`sum_over` in all.
+    explicit sum of `sum_over` in all.
     """
     if axis_name is None:
         return tree

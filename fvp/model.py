@@ -54,12 +54,12 @@ def hashable(leaf: Any) -> Any:
 
 
 def unhashed(leaf: Any) -> Any:
-    """The leaf that :func:`hashable` was given."""
+    """The leaf that `hashable` was given."""
     return leaf.value if isinstance(leaf, _Unhashable) else leaf
 
 
 def join(arrays: Sequence[Any], structure: Any, fixed: Sequence[Any]) -> Any:
-    """The tree that :func:`part` took apart."""
+    """The tree that `part` took apart."""
     rest = iter(arrays)
     leaves = [next(rest) if x is _ARRAY else unhashed(x) for x in fixed]
     return jax.tree.unflatten(structure, leaves)

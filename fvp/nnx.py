@@ -4,7 +4,7 @@ NNX modules carry state that a training pass changes: BatchNorm statistics, drop
 curvature pass must see that state as the gradient pass saw it, or the two belong to different
 functions (another dropout mask, say). Take the snapshot before the gradient pass.
 
-Example:
+Examples:
   >>> import jax, jax.numpy as jnp, fvp, fvp.nnx
   >>> from flax import nnx
   >>> model = nnx.Linear(3, 2, rngs=nnx.Rngs(0))
@@ -37,7 +37,7 @@ from fvp.compatibility import pure_state
 
 
 class Snapshot(NamedTuple):
-    """What :func:`model_fn` reads as its batch; made by :func:`snapshot`."""
+    """What `model_fn` reads as its batch; made by `snapshot`."""
 
     graphdef: Any  # the static structure of the module; a pytree without leaves
     rest: Any  # all variables that are not differentiated, as plain arrays
@@ -57,7 +57,7 @@ class _Constant:
 
 
 def parameters(model: nnx.Module, wrt: Any = nnx.Param) -> Any:
-    """The parameters of ``model`` as a pytree of plain arrays; the ``params`` of :func:`model_fn`.
+    """The parameters of ``model`` as a pytree of plain arrays; the ``params`` of `model_fn`.
 
     Args:
       model: NNX module.
@@ -67,7 +67,7 @@ def parameters(model: nnx.Module, wrt: Any = nnx.Param) -> Any:
 
 
 def snapshot(model: nnx.Module, *args: Any, wrt: Any = nnx.Param, **kwargs: Any) -> Snapshot:
-    """The batch for :func:`model_fn`: the call ``model(*args, **kwargs)``, its state as it is now.
+    """The batch for `model_fn`: the call ``model(*args, **kwargs)``, its state as it is now.
 
     Args:
       model: NNX module, in the mode (``train()`` or ``eval()``) that the gradient pass uses.
@@ -106,7 +106,7 @@ def estimate_batch_statistics(model: nnx.Module, batches: Iterable[Any]) -> None
     Raises:
       ValueError: without batches.
 
-    Example:
+    Examples:
       >>> import jax.numpy as jnp, fvp.nnx
       >>> from flax import nnx
       >>> model = nnx.BatchNorm(1, rngs=nnx.Rngs(0))

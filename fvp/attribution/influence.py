@@ -49,7 +49,7 @@ def influence(
     l2 coefficient of the training loss, where there is one, or larger.
 
     Each query is a solve by conjugate gradients, preconditioned with eigenvalue-corrected K-FAC
-    where every parameter has a layer rule (:func:`fvp.kfac`), and by nothing elsewhere. The scores
+    where every parameter has a layer rule (`fvp.kfac`), and by nothing elsewhere. The scores
     of all examples then come from one JVP, g_example . s = -score^T J s: no per-example gradient is
     formed, and one solution is held at a time.
 
@@ -67,7 +67,7 @@ def influence(
       batch_axes: where the example axis of each leaf of both batches is.
       tol: of the solves, relative to the gradient of a query; the rounding unit to the power 2/3
         when None.
-      maxiter: most iterations of a solve; see :func:`fvp.cg`.
+      maxiter: most iterations of a solve; see `fvp.cg`.
 
     Returns:
       An array (queries, examples) in float32 or wider. An example is an entry of the first axis of
@@ -77,7 +77,7 @@ def influence(
       ValueError: for targets or weights that don't fit, and numbers that are negative.
       TypeError: for leaves that are not floating-point.
 
-    Example:
+    Examples:
       >>> import jax.numpy as jnp, fvp
       >>> x, y = jnp.array([[1.0], [2.0]]), jnp.array([[1.0], [0.0]])
       >>> scores = fvp.influence(

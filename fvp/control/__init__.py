@@ -1,6 +1,6 @@
 """Step control: how far along the direction, and how much damping next time.
 
-The direction comes in as one small record of numbers (:class:`fvp.control.record.Step`), so that
+The direction comes in as one small record of numbers (`fvp.control.record.Step`), so that
 nothing here knows how it was found.
 """
 

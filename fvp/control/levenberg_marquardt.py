@@ -33,7 +33,7 @@ _FLOOR = 1e-3  # of the diagonal (s / mean s + floor)^(5/8)
 
 
 class LevenbergMarquardtState(NamedTuple):
-    """State of :class:`LevenbergMarquardt`; float32."""
+    """State of `LevenbergMarquardt`; float32."""
 
     factor: Array  # scalar, damping over the root of the gradient norm; 0 before the first step
     slope: Array  # scalar, gradient . direction of the last step; 0 after a rejection
@@ -77,7 +77,7 @@ class LevenbergMarquardt(DampingRule):
     Raises:
       ValueError: for values that can't be: initial <= 0, increase <= 1, decrease outside (0, 1).
 
-    Example:
+    Examples:
       >>> import fvp
       >>> rule = fvp.LevenbergMarquardt(initial=1.0)
       >>> tx = fvp.scale_by_fisher(lambda w, x: x @ w, fvp.Gaussian(), damping=rule)

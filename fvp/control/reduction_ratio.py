@@ -29,7 +29,7 @@ class ReductionRatio(DampingRule):
     Args:
       initial: the first damping.
 
-    Example:
+    Examples:
       >>> import fvp
       >>> rule = fvp.ReductionRatio(initial=1.0)
       >>> tx = fvp.scale_by_kfac(lambda w, x: x @ w, fvp.Gaussian(), damping=rule)

@@ -39,9 +39,9 @@ class DampingRule(abc.ABC):
 
     A frozen dataclass of options, passed as ``damping=``. Its state is a pytree of arrays of fixed
     shapes and dtypes. A step that raises the loss is rejected whatever the rule, unless nothing
-    :attr:`adapts`.
+    `adapts`.
 
-    Example:
+    Examples:
       >>> import dataclasses, jax.numpy as jnp, fvp
       >>> @dataclasses.dataclass(frozen=True)
       ... class ByGradient(fvp.DampingRule):

@@ -23,7 +23,7 @@ class Chunked(LinearizedCurvature):
     """The sum of the curvatures of all chunks, each linearised anew inside every product.
 
     Attributes:
-      chunks: the problem with its examples regrouped into ``number`` chunks (:func:`split_chunks`).
+      chunks: the problem with its examples regrouped into ``number`` chunks (`split_chunks`).
       count: the number of examples.
       rows: the mesh axes of the examples.
       linearize: makes the curvature of one chunk.
@@ -176,7 +176,7 @@ def split_chunks(
 
 
 def take_chunk(x: Array, i: Any, axis: int = 0) -> Array:
-    """Chunk number ``i`` of what :func:`split_chunks` regrouped."""
+    """Chunk number ``i`` of what `split_chunks` regrouped."""
     return jax.lax.dynamic_index_in_dim(x, i, axis + 1, keepdims=False)
 
 

@@ -18,7 +18,7 @@ class LinearizedCurvature(Record, abc.ABC):
     """A curvature C of sum_i w_i nll_i over some examples, linearised once; a pytree.
 
     Gauss-Newton matrices, the exact Hessian and sums over chunks are of this kind; the operator
-    (:class:`fvp.CurvatureOperator`) divides by the total weight. Every method takes a power of two,
+    (`fvp.CurvatureOperator`) divides by the total weight. Every method takes a power of two,
     ``scale``, that multiplies its result before anything is summed.
     """
 
@@ -66,7 +66,7 @@ class LinearizedCurvature(Record, abc.ABC):
         Keeps its digits where the two cancel, at a ``v`` that solves for them.
 
         Raises:
-          TypeError: as :meth:`transpose_product`.
+          TypeError: as `transpose_product`.
         """
         raise self._not_of_that_form()
 

@@ -25,7 +25,7 @@ from fvp.typing import Params, PyTree
 class CurvatureOperator(Record):
     """A curvature of the mean loss L = sum_i w_i nll_i / sum_i w_i, linearised once.
 
-    Built by :func:`fvp.fisher` and its siblings. A pytree: it can be returned from ``jit``, passed
+    Built by `fvp.fisher` and its siblings. A pytree: it can be returned from ``jit``, passed
     to it, and closed over; ``vmap`` over the vector works. Calls are compiled when made eagerly.
 
     Attributes:

@@ -40,8 +40,8 @@ def gauss_newton(
     r"""The curvature sum_i w_i J_i^T H_i J_i / sum_i w_i of any H in the space of the outputs.
 
     Args:
-      kind: class of the output curvature H, a subclass of :class:`fvp.OutputCurvature`.
-      model_fn: as all other arguments, described at :func:`fvp.fisher`.
+      kind: class of the output curvature H, a subclass of `fvp.OutputCurvature`.
+      model_fn: as all other arguments, described at `fvp.fisher`.
       head: see there.
       params: see there.
       batch: see there.
@@ -52,13 +52,13 @@ def gauss_newton(
       axis_name: see there.
 
     Returns:
-      A :class:`CurvatureOperator`. :func:`fvp.solve_dual` takes it where H has a root.
+      A `CurvatureOperator`. `fvp.solve_dual` takes it where H has a root.
 
     Raises:
-      TypeError: if ``kind`` is not an output curvature, or as :func:`fvp.fisher`.
-      ValueError: as :func:`fvp.fisher`.
+      TypeError: if ``kind`` is not an output curvature, or as `fvp.fisher`.
+      ValueError: as `fvp.fisher`.
 
-    Example:
+    Examples:
       >>> import jax.numpy as jnp, fvp
       >>> x, y = jnp.array([[1.0], [2.0]]), jnp.array([[1.0], [0.0]])
       >>> model, w = lambda w, x: x @ w, jnp.zeros((1, 1))
@@ -124,13 +124,13 @@ def fisher(
         sharded arrays leave it None.
 
     Returns:
-      A :class:`CurvatureOperator` over trees like ``params``.
+      A `CurvatureOperator` over trees like ``params``.
 
     Raises:
       ValueError: for shapes or structures that do not fit.
       TypeError: for leaves that are not floating-point, or arguments of the wrong kind.
 
-    Example:
+    Examples:
       >>> import jax.numpy as jnp, fvp
       >>> x = jnp.array([[1.0, 2.0], [3.0, 4.0]])
       >>> F = fvp.fisher(lambda w, x: x @ w, fvp.Gaussian(), jnp.zeros((2, 1)), x)
@@ -162,11 +162,11 @@ def ggn(
     r"""Generalised Gauss-Newton matrix, G = sum_i w_i J_i^T [d^2 nll_i / dz^2] J_i / sum_i w_i.
 
     The Hessian of the loss with the model replaced by its linearisation. For heads over natural
-    parameters (:class:`fvp.NaturalHead`) the targets cancel and G equals the Fisher; rows of
-    :class:`fvp.Softmax` targets that do not sum to one count by their sum. For others, such as
-    :class:`fvp.LearnedScaleGaussian`, G may be indefinite.
+    parameters (`fvp.NaturalHead`) the targets cancel and G equals the Fisher; rows of
+    `fvp.Softmax` targets that do not sum to one count by their sum. For others, such as
+    `fvp.LearnedScaleGaussian`, G may be indefinite.
 
-    Args, returns, raises: as :func:`fvp.fisher`, and ``targets``, the labels that the head's
+    Args, returns, raises: as `fvp.fisher`, and ``targets``, the labels that the head's
     ``nll`` takes.
     """
     options = {"weights": weights, "batch_axes": batch_axes, "axis_name": axis_name}
@@ -198,7 +198,7 @@ def empirical_fisher(
     where a score-based statistic calls for it. Every batch axis counts: with (B, T) batch axes the
     examples are the B T tokens.
 
-    Args, returns, raises: as :func:`fvp.fisher`, and ``targets``, the labels that the head's
+    Args, returns, raises: as `fvp.fisher`, and ``targets``, the labels that the head's
     ``nll`` takes.
 
     Reference:
@@ -227,11 +227,11 @@ def mc_fisher(
 ) -> CurvatureOperator:
     r"""Monte Carlo Fisher: the outer products of scores at labels drawn from the model.
 
-    Unbiased for :func:`fvp.fisher`, of rank at most examples x ``num_samples``. The labels are
+    Unbiased for `fvp.fisher`, of rank at most examples x ``num_samples``. The labels are
     drawn once, from ``key``: every product is by the same matrix, so it can be solved with, and
     neither ``chunk_size`` nor sharding changes it.
 
-    Args, returns, raises: as :func:`fvp.fisher`, with ``key``, a ``jax.random`` key, and
+    Args, returns, raises: as `fvp.fisher`, with ``key``, a ``jax.random`` key, and
     ``num_samples``, the labels drawn for each example. The batch axis of z comes first.
     """
     check_positive_int(num_samples, "num_samples")
@@ -258,7 +258,7 @@ def hessian(
 
     Linearises the gradient once; each product is one linear VJP of it.
 
-    Args, returns, raises: as :func:`fvp.fisher`, and ``targets``, the labels that the head's
+    Args, returns, raises: as `fvp.fisher`, and ``targets``, the labels that the head's
     ``nll`` takes.
     """
     options = {"weights": weights, "batch_axes": batch_axes, "axis_name": axis_name}

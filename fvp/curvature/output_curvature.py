@@ -24,11 +24,11 @@ class OutputCurvature(Record, abc.ABC):
     """An (event x event) matrix H for each example, in the space of the outputs z; a pytree.
 
     The base of the library's curvatures, and of your own: a frozen dataclass that says how H is
-    made at the outputs of a batch (:meth:`at`) and what it does to a change of them
-    (:meth:`__call__`). :func:`fvp.gauss_newton` makes an operator J^T H J of it, and the
+    made at the outputs of a batch (`at`) and what it does to a change of them
+    (`__call__`). `fvp.gauss_newton` makes an operator J^T H J of it, and the
     transformations take the class as ``curvature=``. Weights of examples are not its business.
 
-    Example:
+    Examples:
       >>> import dataclasses, jax, jax.numpy as jnp, fvp
       >>> @dataclasses.dataclass(frozen=True)
       ... class SquaredError(fvp.OutputCurvature):
@@ -64,7 +64,7 @@ class OutputCurvature(Record, abc.ABC):
     def at(cls, problem: Problem, z: Array) -> Self:
         """The curvature at the outputs ``z``, with zeros where an example has no weight.
 
-        ``problem`` holds the head and the targets, among others; see :class:`Problem`.
+        ``problem`` holds the head and the targets, among others; see `Problem`.
         """
 
     @abc.abstractmethod
@@ -74,7 +74,7 @@ class OutputCurvature(Record, abc.ABC):
     def root(self) -> Root | None:
         """The columns of a root of H, S S^T = H; None, the default, where there is none known.
 
-        Exact solves in the space of examples x outputs need it (:func:`fvp.solve_dual`).
+        Exact solves in the space of examples x outputs need it (`fvp.solve_dual`).
         """
         return None
 

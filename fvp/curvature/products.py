@@ -36,12 +36,12 @@ def fisher_vector_product(
     To multiply several vectors at one ``params`` and ``batch``, build the operator once: each of
     its products saves the forward pass.
 
-    Args, raises: as :func:`fvp.fisher`; ``vector`` is a pytree like ``params``.
+    Args, raises: as `fvp.fisher`; ``vector`` is a pytree like ``params``.
 
     Returns:
       F v, a pytree like ``params``.
 
-    Example:
+    Examples:
       >>> import jax.numpy as jnp, fvp
       >>> x = jnp.array([[1.0, 2.0], [3.0, 4.0]])
       >>> w = jnp.zeros((2, 1))
@@ -67,7 +67,7 @@ def ggn_vector_product(
     chunk_size: int | None = None,
     batch_axes: PyTree = 0,
 ) -> Params:
-    """``fvp.ggn(...) @ vector`` in one call; see :func:`fisher_vector_product`."""
+    """``fvp.ggn(...) @ vector`` in one call; see `fisher_vector_product`."""
     data = {"weights": weights, "batch_axes": batch_axes, "targets": required_targets(targets)}
     problem = Problem.of(model_fn, head, params, batch, **data)
     return _product(HessianCurvature, problem, vector, chunk_size)
@@ -85,7 +85,7 @@ def empirical_fisher_vector_product(
     chunk_size: int | None = None,
     batch_axes: PyTree = 0,
 ) -> Params:
-    """``fvp.empirical_fisher(...) @ vector`` in one call; see :func:`fisher_vector_product`."""
+    """``fvp.empirical_fisher(...) @ vector`` in one call; see `fisher_vector_product`."""
     data = {"weights": weights, "batch_axes": batch_axes, "targets": required_targets(targets)}
     problem = Problem.of(model_fn, head, params, batch, **data)
     return _product(EmpiricalCurvature, problem, vector, chunk_size)
@@ -104,7 +104,7 @@ def gauss_newton_vector_product(
     chunk_size: int | None = None,
     batch_axes: PyTree = 0,
 ) -> Params:
-    """``fvp.gauss_newton(kind, ...) @ vector`` in one call; see :func:`fisher_vector_product`."""
+    """``fvp.gauss_newton(kind, ...) @ vector`` in one call; see `fisher_vector_product`."""
     check_output_curvature(kind, "kind")
     targets = required_targets(targets) if kind.reads_targets else targets
     data = {"weights": weights, "batch_axes": batch_axes, "targets": targets}

@@ -23,10 +23,10 @@ def mean_over_batches(
     r"""sum_b w_b function(batch_b) / sum_b w_b, reading the batches once and holding one.
 
     For what is itself a mean over the examples of its batch, with w_b the sum of their weights, the
-    result is that of one batch of all examples: losses and gradients, :func:`fvp.fisher_diagonal`,
-    and the factors of :func:`fvp.kfac`. Not eigenvalue-corrected factors, since each batch has
+    result is that of one batch of all examples: losses and gradients, `fvp.fisher_diagonal`,
+    and the factors of `fvp.kfac`. Not eigenvalue-corrected factors, since each batch has
     eigenbases of its own, nor those of a weight that is tied to its transpose. For products see
-    :func:`fvp.dataset_operator`.
+    `fvp.dataset_operator`.
 
     Args:
       function: batch -> a pytree of floating-point arrays.
@@ -42,7 +42,7 @@ def mean_over_batches(
     Raises:
       ValueError: where there are no batches.
 
-    Example:
+    Examples:
       >>> import jax.numpy as jnp, fvp
       >>> x = jnp.array([[1.0], [2.0], [3.0]])
       >>> diagonal = lambda x: fvp.fisher_diagonal(

@@ -38,12 +38,12 @@ def dataset_operator(
       progress: whether to show a bar for each product, which needs the package tqdm.
 
     Returns:
-      A :class:`DatasetOperator`: ``F @ v``, ``F.mv(v)``, ``F.quadratic_form(v)``.
+      A `DatasetOperator`: ``F @ v``, ``F.mv(v)``, ``F.quadratic_form(v)``.
 
     Raises:
       TypeError: for an iterator, which can be read once only.
 
-    Example:
+    Examples:
       >>> import jax.numpy as jnp, fvp
       >>> model, w = lambda w, x: x @ w, jnp.zeros((1, 1))
       >>> batches = [jnp.array([[1.0], [2.0]]), jnp.array([[3.0]])]
@@ -61,7 +61,7 @@ def dataset_operator(
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class DatasetOperator:
-    """A mean of operators over batches; built by :func:`fvp.dataset_operator`. Not a pytree."""
+    """A mean of operators over batches; built by `fvp.dataset_operator`. Not a pytree."""
 
     build: Callable[[Batch], CurvatureOperator]
     batches: Iterable[Batch]

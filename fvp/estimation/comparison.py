@@ -47,7 +47,7 @@ def compare_curvatures(
     Such as the Fisher and what is taken for it: the empirical Fisher is of the size of the
     residuals and not of the outputs, so that near a minimum it is both too small and turned, and
     its natural gradient the longer the smaller the gradients. Norms are Frobenius norms, traces of
-    squares, estimated by :func:`fvp.trace`: exact for up to ``num_products`` parameters.
+    squares, estimated by `fvp.trace`: exact for up to ``num_products`` parameters.
 
     Args:
       first: a curvature operator A, or any symmetric callable ``v -> A v`` on trees.
@@ -57,14 +57,14 @@ def compare_curvatures(
       damping: multiple of the identity that is added to both.
       num_products: for each of the traces of A^2, B^2 and (A - B)^2; they take two products of each
         operator that is in them.
-      tol: of the two solves, see :func:`fvp.cg`.
+      tol: of the two solves, see `fvp.cg`.
       maxiter: of the two solves likewise.
 
     Returns:
-      A :class:`fvp.CurvatureComparison` of scalars. Where A is zero and B is not, difference and
+      A `fvp.CurvatureComparison` of scalars. Where A is zero and B is not, difference and
       ratio are infinite; cosines with zero are zero.
 
-    Example:
+    Examples:
       >>> import jax, jax.numpy as jnp, fvp
       >>> x, y = jnp.array([[1.0], [2.0], [3.0]]), jnp.array([[1.1], [1.9], [3.2]])
       >>> model, head, w = lambda w, x: x @ w, fvp.Gaussian(), jnp.ones((1, 1))

@@ -54,7 +54,7 @@ def eigenpairs(
       ValueError: for more eigenvalues than parameters.
       TypeError: for what can't be called, or for a callable without ``like``.
 
-    Example:
+    Examples:
       >>> import jax, jax.numpy as jnp, fvp
       >>> scales = jnp.arange(1.0, 101.0)
       >>> values, vectors = fvp.eigenpairs(lambda v: scales * v, 3, jax.random.key(0), like=scales)

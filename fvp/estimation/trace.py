@@ -45,7 +45,7 @@ def trace(operator: Any, key: Array, num_products: int, *, like: PyTree = None) 
       ValueError: for too few products.
       TypeError: for what can't be called, or for a callable without ``like``.
 
-    Example:
+    Examples:
       >>> import jax, jax.numpy as jnp, fvp
       >>> scales = 1.0 / jnp.arange(1.0, 1001.0) ** 2
       >>> estimate = fvp.trace(lambda v: scales * v, jax.random.key(0), 50, like=scales)

@@ -27,20 +27,20 @@ class ExponentialFamily(NaturalHead):
     each example, by an eigendecomposition. All derivatives are JAX's: A has to be twice
     differentiable, and convex and finite at every z that the model gives.
 
-    :meth:`mean` is E[T(y)] = grad A(z), of the shape of ``z``.
+    `mean` is E[T(y)] = grad A(z), of the shape of ``z``.
 
     Args:
       log_partition: A; maps the z of one example, of the event shape, to a scalar.
       sufficient_statistic: T; maps the target of one example to an array of the event shape.
         Targets have the batch axes of ``z`` first, then whatever axes T takes.
-      sampler: ``sampler(key, z)`` draws the target of one example, for :meth:`sample` and what
-        stands on it, such as :func:`fvp.mc_fisher`; None where nothing draws.
+      sampler: ``sampler(key, z)`` draws the target of one example, for `sample` and what
+        stands on it, such as `fvp.mc_fisher`; None where nothing draws.
       event_ndim: how many trailing axes of ``z`` make one example.
 
     Raises:
-      ValueError: by :meth:`sample`, where there is no ``sampler``.
+      ValueError: by `sample`, where there is no ``sampler``.
 
-    Example:
+    Examples:
       >>> import jax, jax.numpy as jnp, fvp
       >>> gamma = fvp.ExponentialFamily(  # z = (shape - 1, -rate), y > 0
       ...     lambda z: jax.scipy.special.gammaln(z[0] + 1) - (z[0] + 1) * jnp.log(-z[1]),

@@ -32,7 +32,7 @@ class FromDistribution(Head):
       says that it has that;
     - the mean over ``num_samples`` draws with ``key``, if you ask for it: the same draws in every
       call, by position in the batch, so that ``chunk_size`` changes them;
-    - else an error. :func:`fvp.mc_fisher`, and K-FAC with its own samples, need none of these.
+    - else an error. `fvp.mc_fisher`, and K-FAC with its own samples, need none of these.
 
     KL is found likewise, from ``divergence``, by the sum over outcomes, or by draws. S is the
     symmetric root of F_R of each example.
@@ -51,7 +51,7 @@ class FromDistribution(Head):
     Raises:
       ValueError: by what needs F_R or KL, where there is no way to it.
 
-    Example:
+    Examples:
       >>> import jax, jax.numpy as jnp, fvp
       >>> class Geometric:  # NumPyro's dist.GeometricLogits does as well
       ...     batch_shape = event_shape = ()

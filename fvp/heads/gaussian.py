@@ -33,7 +33,7 @@ class Gaussian(NaturalHead):
         takes ``event_ndim=1``.
       event_ndim: how many trailing axes of ``z`` make one example (its outputs).
 
-    Example:
+    Examples:
       >>> import jax.numpy as jnp, fvp
       >>> print(fvp.Gaussian(scale=2.0).fisher(jnp.zeros((1, 3)), jnp.ones((1, 3))))
       [[0.25 0.25 0.25]]

@@ -35,11 +35,11 @@ class Head(Record, abc.ABC):
     A head of plain numbers is hashable and can be a static argument of ``jax.jit``.
 
     A new head implements the abstract methods, which see ``z`` in the computing dtype, and ``y`` as
-    it came. Where z is the natural parameter, derive from :class:`NaturalHead`, which states that
+    it came. Where z is the natural parameter, derive from `NaturalHead`, which states that
     the Hessian of the nll is the Fisher; otherwise ``_hessian`` is its own. Targets that are not
     shaped like ``z`` override ``_check_targets``.
 
-    Example:
+    Examples:
       >>> import dataclasses, jax, jax.numpy as jnp, fvp
       >>> @dataclasses.dataclass(frozen=True)
       ... class Exponential(fvp.NaturalHead):
@@ -92,7 +92,7 @@ class Head(Record, abc.ABC):
         return cast_like(self._mean(widen_tree(z)), z)
 
     def sample(self, key: Array, z: Array) -> Array:
-        """One y ~ r(. given z) for each example, in the form that :meth:`nll` takes."""
+        """One y ~ r(. given z) for each example, in the form that `nll` takes."""
         self.check_outputs(z)
         return self._sample(key, widen_tree(z), _dtype(z))
 
@@ -113,7 +113,7 @@ class Head(Record, abc.ABC):
     def hessian(
         self, z: Float[Array, "*z"], y: ArrayLike, u: Float[Array, "*z"]
     ) -> Float[Array, "*z"]:
-        """Hessian of :meth:`nll` in ``z``, times ``u``; shape of ``z``."""
+        """Hessian of `nll` in ``z``, times ``u``; shape of ``z``."""
         y = self.check_targets(z, y)
         return cast_like(self._hessian(widen_tree(z), y, widen_tree(u)), z)
 
@@ -135,7 +135,7 @@ class Head(Record, abc.ABC):
         return self._fisher_root(widen_tree(z))
 
     def hessian_root(self, z: Array, y: ArrayLike) -> Root | None:
-        """The columns of a root of the Hessian of :meth:`nll`; None where there is none known."""
+        """The columns of a root of the Hessian of `nll`; None where there is none known."""
         y = self.check_targets(z, y)
         return self._hessian_root(widen_tree(z), y)
 
@@ -232,12 +232,12 @@ class Head(Record, abc.ABC):
     def _kl(self, z: Array, z_new: Array) -> Array: ...
 
     def _fisher_root(self, z: Array) -> Root:
-        """See :meth:`fisher_root`; a head with fewer columns or a known score overrides it."""
+        """See `fisher_root`; a head with fewer columns or a known score overrides it."""
         multiply = lambda w: self._sqrt_fisher(z, w)
         return Root(*unit_columns(multiply, z, self.event_ndim))
 
     def _hessian_root(self, z: Array, y: Array) -> Root | None:
-        """See :meth:`hessian_root`; None, since a Hessian may be indefinite."""
+        """See `hessian_root`; None, since a Hessian may be indefinite."""
         del z, y
         return None
 

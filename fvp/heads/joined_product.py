@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 
 @dataclasses.dataclass(frozen=True)
 class JoinedProduct(Head):
-    """:class:`fvp.Product` of ``z`` = (batch axes, D), with targets by name."""
+    """`fvp.Product` of ``z`` = (batch axes, D), with targets by name."""
 
     product: Product
     layout: OutputLayout = dataclasses.field(metadata={"static": True})

@@ -24,7 +24,7 @@ class LearnedScaleGaussian(Head):
     (e^(-2 s), 2 r e^-s) and (2 r e^-s, 2 r^2), determinant -2 r^2 e^(-2 s), and is indefinite
     wherever r is not 0: prefer ``fvp.fisher`` to ``fvp.ggn`` here.
 
-    Example:
+    Examples:
       >>> import jax.numpy as jnp, fvp
       >>> z, u = jnp.zeros((1, 2)), jnp.ones((1, 2))
       >>> head, y = fvp.LearnedScaleGaussian(), jnp.array([1.0])

@@ -24,9 +24,9 @@ class Multinomial(NaturalHead):
     """Counts of ``total`` draws; ``z`` are logits of shape (batch axes, C), ``y`` like ``z``.
 
     With p = softmax(z) and n = total: nll = -sum_c y_c log p_c - log(n! / prod_c y_c!),
-    score = y - n p, F_R u = n p (u - p.u), and S is sqrt(n) times that of :class:`fvp.Softmax`.
+    score = y - n p, F_R u = n p (u - p.u), and S is sqrt(n) times that of `fvp.Softmax`.
 
-    Rows of counts that do not sum to ``total`` count by their sum m, as at :class:`fvp.Softmax`:
+    Rows of counts that do not sum to ``total`` count by their sum m, as at `fvp.Softmax`:
     n is m in the nll, the score is y - m p, the Hessian (m / n) F_R. Where the number of draws
     differs from example to example, take ``Softmax`` with rows y / n and ``weights`` n: the same
     Fisher, score and nll, but for the coefficient, on the scale of a mean over draws.
@@ -34,7 +34,7 @@ class Multinomial(NaturalHead):
     Args:
       total: how many draws each example has; one positive number for all.
 
-    Example:
+    Examples:
       >>> import jax.numpy as jnp, fvp
       >>> head, z = fvp.Multinomial(total=8), jnp.zeros((1, 4))
       >>> print(head.mean(z), head.score(z, jnp.array([[8, 0, 0, 0]])))

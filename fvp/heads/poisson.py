@@ -32,7 +32,7 @@ class Poisson(NaturalHead):
       event_ndim: how many trailing axes of ``z`` make one example (its outputs). With 0 every
         entry of ``z`` is an example.
 
-    Example:
+    Examples:
       >>> import jax.numpy as jnp, fvp
       >>> head, z = fvp.Poisson(), jnp.log(jnp.array([[1.0, 4.0]]))
       >>> print(head.score(z, jnp.array([[0, 6]])), head.fisher(z, jnp.ones((1, 2))))

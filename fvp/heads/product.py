@@ -41,7 +41,7 @@ class Product(Head):
       TypeError: where a head is none, or the outputs are no dict.
       ValueError: for names that differ from those of the heads, and unequal batch axes.
 
-    Example:
+    Examples:
       >>> import jax.numpy as jnp, fvp
       >>> heads = {"kind": fvp.Softmax(), "size": fvp.Gaussian()}
       >>> head = fvp.Product(heads, weights={"kind": 1.0, "size": 4.0})

@@ -26,7 +26,7 @@ class Sigmoid(NaturalHead):
       event_ndim: how many trailing axes of ``z`` make one example (its outputs). With 0 every
         entry of ``z`` is an example.
 
-    Example:
+    Examples:
       >>> import jax.numpy as jnp, fvp
       >>> print(fvp.Sigmoid().fisher(jnp.zeros((2, 3)), jnp.ones((2, 3))))
       [[0.25 0.25 0.25]

@@ -33,7 +33,7 @@ class Softmax(NaturalHead):
     one, so that every curvature but those of the data's own scores stays what it is. Weights of
     classes c are weights of examples, ``weights=c[y]``; the loss is then a mean over sum_i c[y_i].
 
-    Example:
+    Examples:
       >>> import jax.numpy as jnp, fvp
       >>> z = jnp.zeros((2, 4))
       >>> print(fvp.Softmax().score(z, jnp.array([0, 3])))

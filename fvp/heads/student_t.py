@@ -33,7 +33,7 @@ class StudentT(Head):
       scale: scale (not the standard deviation), likewise.
       event_ndim: how many trailing axes of ``z`` make one example (its outputs).
 
-    Example:
+    Examples:
       >>> import jax.numpy as jnp, fvp
       >>> head, z, u = fvp.StudentT(df=1.0), jnp.zeros((1, 1)), jnp.ones((1, 1))
       >>> print(head.fisher(z, u), head.hessian(z, 3 + z, u).round(2))

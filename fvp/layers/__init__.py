@@ -1,6 +1,6 @@
 """What is computed on one capture of a model: Fisher diagonal, Kronecker factors, Gram matrix.
 
-Imports :mod:`fvp.tracing`, which finds the uses of the parameters, and the columns of a curvature
+Imports `fvp.tracing`, which finds the uses of the parameters, and the columns of a curvature
 in the space of outputs; never solvers or transformations.
 """
 

@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 
 @dataclasses.dataclass(frozen=True)
 class CapturedBatch:
-    """Lives inside one trace; for the letters E and K see :mod:`fvp.tracing.uses`.
+    """Lives inside one trace; for the letters E and K see `fvp.tracing.uses`.
 
     Attributes:
       layers: the capture.
@@ -101,7 +101,7 @@ def captured_rows(
     """The captured batch of ``problem``, and whether its rows still hold their mean.
 
     A mean over the examples that the model takes out would make them meet: it is left in, for
-    :func:`fvp.layers.columns.less_mean` to take out of the rows.
+    `fvp.layers.columns.less_mean` to take out of the rows.
     """
     captured = CapturedBatch.of(capture_of(problem.before_centering()), make_columns)
     if problem.uncentered is None or not captured.separate:

@@ -72,7 +72,7 @@ def fisher_diagonal(
       ValueError: naming parameter and primitive, where a parameter is used in a way that has no
         layer rule, or examples are mixed, and no fallback was asked for.
 
-    Example:
+    Examples:
       >>> import jax.numpy as jnp, fvp
       >>> x = jnp.array([[1.0, 2.0], [3.0, 4.0]])
       >>> diagonal = fvp.fisher_diagonal(lambda w, x: x @ w, fvp.Gaussian(), jnp.zeros((2, 1)), x)
@@ -98,7 +98,7 @@ def fisher_diagonal(
 def diagonal_of(
     problem: Problem, kind: type[OutputCurvature], fallback: str | None = None
 ) -> Params:
-    """The diagonal of the curvature ``kind``, see :func:`fisher_diagonal`."""
+    """The diagonal of the curvature ``kind``, see `fisher_diagonal`."""
     function = functools.partial(_squares, kind, fallback)
     return auto_sharded(function, problem, like=problem.params)
 

@@ -106,7 +106,7 @@ class GroupGradients:
         return total
 
     def merged(self, shape: Shape) -> GroupGradients:
-        """The same as one use, where :func:`standing_for` has one for a leaf of ``shape``."""
+        """The same as one use, where `standing_for` has one for a leaf of ``shape``."""
         use = standing_for(self.uses, shape)
         if use is None:
             return self

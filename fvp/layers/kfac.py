@@ -75,13 +75,13 @@ def kfac(
         of each example.
 
     Returns:
-      A :class:`KFAC`: ``K @ v``, ``K.solve(v, damping)``, ``K.inverse(damping)`` for ``M=`` of
-      :func:`fvp.cg`, ``K.trace()``, ``K.logdet()``, ``K.dense()``, ``K.coverage``.
+      A `KFAC`: ``K @ v``, ``K.solve(v, damping)``, ``K.inverse(damping)`` for ``M=`` of
+      `fvp.cg`, ``K.trace()``, ``K.logdet()``, ``K.dense()``, ``K.coverage``.
 
     Raises:
       ValueError: naming parameter and primitive where there is no layer rule and no fallback.
 
-    Example:
+    Examples:
       >>> import jax.numpy as jnp, fvp
       >>> x = jnp.array([[1.0, 2.0], [3.0, 4.0]])
       >>> K = fvp.kfac(lambda w, x: x @ w, fvp.Gaussian(), jnp.zeros((2, 1)), x)
@@ -125,7 +125,7 @@ def check_weight_sharing(weight_sharing: str) -> None:
 
 @compiled_when_eager
 def kfac_of(problem: Problem, kind: type[OutputCurvature], **options: Any) -> KFAC:
-    """The factors of the curvature ``kind``; options as in :func:`kfac`."""
+    """The factors of the curvature ``kind``; options as in `kfac`."""
     return auto_sharded(functools.partial(_factored, kind, **options), problem)
 
 

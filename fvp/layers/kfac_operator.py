@@ -37,7 +37,7 @@ Template: TypeAlias = tuple[PyTreeDef, tuple[jax.ShapeDtypeStruct, ...]]
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True, repr=False)
 class KFAC:
-    """A block-diagonal curvature, each block a Kronecker product; built by :func:`fvp.kfac`.
+    """A block-diagonal curvature, each block a Kronecker product; built by `fvp.kfac`.
 
     A pytree: it crosses ``jit``, can be averaged leaf by leaf, and ``vmap`` over vectors works.
 
@@ -65,7 +65,7 @@ class KFAC:
         return self.mv(v)
 
     def solve(self, v: Params, damping: ArrayLike, *, rule: str = "exact") -> Params:
-        """The damped inverse times ``v``; see :meth:`inverse`, which is better for many vectors."""
+        """The damped inverse times ``v``; see `inverse`, which is better for many vectors."""
         return self.inverse(damping, rule=rule).mv(v)
 
     def inverse(

@@ -24,7 +24,7 @@ class DiagonalStructure(Structure):
 
     @classmethod
     def of(cls, problem: Problem, options: Options) -> Self:
-        """By layer rules, see :func:`fvp.fisher_diagonal`."""
+        """By layer rules, see `fvp.fisher_diagonal`."""
         diagonal = diagonal_of(problem, FisherCurvature, options.fallback)
         z = jax.eval_shape(problem.outputs, problem.params)
         total = total_of(problem.total_weight(z))

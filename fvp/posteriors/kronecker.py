@@ -30,7 +30,7 @@ class KroneckerStructure(Structure):
 
     @classmethod
     def of(cls, problem: Problem, options: Options) -> Self:
-        """From a capture of the layers, see :func:`fvp.kfac`."""
+        """From a capture of the layers, see `fvp.kfac`."""
         fallback, corrected = options.fallback, cls.eigenvalue_corrected
         kind = FisherCurvature
         factors = kfac_of(problem, kind, eigenvalue_corrected=corrected, fallback=fallback)
@@ -119,7 +119,7 @@ class KroneckerWhitened(WhitenedPrecision):
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class EigenDiagonal(EigenInverse):
-    """The diagonal of the matrix that :class:`EigenInverse` multiplies by."""
+    """The diagonal of the matrix that `EigenInverse` multiplies by."""
 
     def multiply(self, weight: Array) -> Array:
         """The diagonal times W."""

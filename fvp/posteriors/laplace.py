@@ -65,7 +65,7 @@ def laplace(
       prior_precision: positive number, or a pytree like ``params`` with one for each leaf.
       structure: the form that H is held in.
         "dense": the (P, P) matrix;
-        "kfac": Kronecker factors of each layer, see :func:`fvp.kfac`; "ekfac": with corrected
+        "kfac": Kronecker factors of each layer, see `fvp.kfac`; "ekfac": with corrected
         eigenvalues (one number for ``prior_precision``);
         "diagonal": the exact diagonal;
         "last_layer": the dense matrix of the layer that the model uses last, all other parameters
@@ -73,7 +73,7 @@ def laplace(
         "low_rank": the eigenvectors of the ``rank`` largest eigenvalues.
       weights: one weight of 0 or more per example, shape = batch axes of z or broadcastable to it.
       batch_axes: where the example axis of each leaf of ``batch`` is.
-      fallback: of "kfac", "ekfac" and "diagonal", see :func:`fvp.kfac`.
+      fallback: of "kfac", "ekfac" and "diagonal", see `fvp.kfac`.
       last_layer: of "last_layer", which leaves it has where the last one used is not meant: a tree
         of bools like ``params``.
       rank: of "low_rank".
@@ -81,14 +81,14 @@ def laplace(
         seed 0 when None.
 
     Returns:
-      A :class:`Posterior`: ``.mean``, ``.sample(key, n)``, ``.variance()``, ``.predictive(batch)``,
+      A `Posterior`: ``.mean``, ``.sample(key, n)``, ``.variance()``, ``.predictive(batch)``,
       ``.predictive_mean(batch, key)``, ``.log_evidence(targets)``, ``.with_prior_precision(d)``.
 
     Raises:
       ValueError: for an unknown structure, a prior precision that is not positive or does not fit,
         negative weights, or a model that the structure can't take.
 
-    Example:
+    Examples:
       >>> import jax.numpy as jnp, fvp
       >>> x, y = jnp.array([[1.0], [2.0]]), jnp.array([[1.0], [2.0]])
       >>> mean = jnp.array([[5 / 6]])  # of the posterior of a linear regression

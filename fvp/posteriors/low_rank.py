@@ -29,7 +29,7 @@ class LowRankStructure(Structure):
 
     @classmethod
     def of(cls, problem: Problem, options: Options) -> Self:
-        """From the eigenvectors of the largest eigenvalues, see :func:`fvp.eigenpairs`."""
+        """From the eigenvectors of the largest eigenvalues, see `fvp.eigenpairs`."""
         operator, total = summed_fisher(problem)
         size = sum(leaf.size for leaf in jax.tree.leaves(problem.params))
         values, vectors = eigenpairs(operator, min(options.rank, size), options.key)

@@ -29,7 +29,7 @@ from fvp.typing import Batch, Params, PyTree
 class Posterior(Record):
     """Normal(mean, (H + D)^-1), H the curvature of the summed loss, D the prior precision.
 
-    Built by :func:`fvp.laplace`. A pytree: it crosses ``jit``. Calls are compiled when made
+    Built by `fvp.laplace`. A pytree: it crosses ``jit``. Calls are compiled when made
     eagerly, and differentiable in the prior precision.
 
     Attributes:
@@ -84,7 +84,7 @@ class Posterior(Record):
         Returns:
           ``(mean, variance)``, both of the shape of z; or the covariance of shape (batch axes, D,
           D) for events of D entries, the event axes in one, and the outputs of
-          :class:`fvp.Product` one after the other in the order of their names.
+          `fvp.Product` one after the other in the order of their names.
         """
         mean, variance = self._outputs_of(batch, batch_axes, full_covariance)
         return self._by_name(mean), variance if full_covariance else self._by_name(variance)
@@ -92,9 +92,9 @@ class Posterior(Record):
     def predictive_mean(
         self, batch: Batch, key: Array, *, num_samples: int = 1000, batch_axes: PyTree = 0
     ) -> Any:
-        """E[y] under the posterior: the class probabilities of :class:`fvp.Softmax`.
+        """E[y] under the posterior: the class probabilities of `fvp.Softmax`.
 
-        The mean of ``head.mean(z)`` over ``num_samples`` draws of z as :meth:`predictive` has it.
+        The mean of ``head.mean(z)`` over ``num_samples`` draws of z as `predictive` has it.
 
         Args:
           batch: as there.
@@ -103,7 +103,7 @@ class Posterior(Record):
           batch_axes: as there.
 
         Returns:
-          An array of the shape of ``head.mean(z)``; a dict of them for :class:`fvp.Product`.
+          An array of the shape of ``head.mean(z)``; a dict of them for `fvp.Product`.
         """
         check_positive_int(num_samples, "num_samples")
         mean, covariance = self._outputs_of(batch, batch_axes, full=True)
@@ -126,7 +126,7 @@ class Posterior(Record):
         return _log_evidence(self, targets)
 
     def _outputs_of(self, batch: Batch, batch_axes: PyTree, full: bool) -> tuple[Array, Array]:
-        """:meth:`predictive` in one array."""
+        """`predictive` in one array."""
         problem = Problem.of(self.model, self.head, self.mean, batch, batch_axes=batch_axes)
         return _predictive(self, problem, full)
 

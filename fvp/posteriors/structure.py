@@ -28,7 +28,7 @@ from fvp.typing import Params, PyTree
 
 
 class Options(NamedTuple):
-    """What single structures read: see :func:`fvp.laplace`."""
+    """What single structures read: see `fvp.laplace`."""
 
     rank: int
     key: Array

@@ -1,4 +1,4 @@
-"""Approximate inverses of a damped curvature, pytree to pytree: the ``M=`` of :func:`fvp.cg`."""
+"""Approximate inverses of a damped curvature, pytree to pytree: the ``M=`` of `fvp.cg`."""
 
 from fvp.preconditioners.base import Preconditioner
 from fvp.preconditioners.diagonal import (

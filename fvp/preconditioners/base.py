@@ -16,7 +16,7 @@ class Preconditioner(abc.ABC):
     A frozen dataclass of options, passed as ``solver=fvp.CG(preconditioner=...)``. What it makes of
     one curvature is kept between steps, a pytree of arrays of fixed shapes.
 
-    Example:
+    Examples:
       >>> import jax, jax.numpy as jnp, fvp
       >>> class ByTrace(fvp.Preconditioner):
       ...     "Division by the mean eigenvalue, from one random quadratic form."
@@ -33,7 +33,7 @@ class Preconditioner(abc.ABC):
 
     @abc.abstractmethod
     def init(self, params: Params) -> PyTree:
-        """Before the first curvature: zeros or ones of the shapes that :meth:`update` returns."""
+        """Before the first curvature: zeros or ones of the shapes that `update` returns."""
 
     @abc.abstractmethod
     def update(self, made: PyTree, operator: CurvatureOperator, damping: ArrayLike) -> PyTree:

@@ -39,10 +39,10 @@ def diagonal_preconditioner(
 
     Args:
       diagonal: pytree like the parameters, entries of at least 0.
-      damping: positive number, as in :func:`fvp.cg`.
+      damping: positive number, as in `fvp.cg`.
       exponent: 0.75 or 1.
 
-    Example:
+    Examples:
       >>> import jax.numpy as jnp, fvp
       >>> a = jnp.array([1.0, 10.0, 100.0])
       >>> M = fvp.diagonal_preconditioner(a, 0.0, exponent=1.0)
@@ -64,12 +64,12 @@ class Jacobi(Preconditioner):
     """Division by (diag F + damping)^exponent in the conjugate gradients of a transformation.
 
     Args:
-      exponent: as in :func:`diagonal_preconditioner`.
+      exponent: as in `diagonal_preconditioner`.
       num_samples: labels drawn for each example, for an estimate of the diagonal at the cost of
         that many backward passes; None takes the exact one, with one for each output.
       seed: of those draws, the same at each update.
 
-    Example:
+    Examples:
       >>> import fvp
       >>> solver = fvp.CG(preconditioner=fvp.Jacobi(num_samples=None), refresh_period=20)
     """

@@ -45,14 +45,14 @@ def nystrom_preconditioner(
     Args:
       operator: a curvature operator or a callable ``v -> A v``, positive semi-definite.
       like: pytree like the parameters: shapes and dtypes.
-      damping: positive number, as in :func:`fvp.cg`.
+      damping: positive number, as in `fvp.cg`.
       key: random key.
       rank: number of products and of directions kept.
 
     Raises:
       TypeError, ValueError: if ``rank`` is not a positive Python integer.
 
-    Example:
+    Examples:
       >>> import jax, jax.numpy as jnp, fvp
       >>> a = 1.0 / jnp.arange(1.0, 101.0) ** 4
       >>> A = lambda v: a * v

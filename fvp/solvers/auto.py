@@ -30,7 +30,7 @@ _MOST_PARAMETERS = 1024
 
 @dataclasses.dataclass(frozen=True)
 class Auto(DampedSolver):
-    """:class:`fvp.Dual`, :class:`fvp.Dense` or conjugate gradients, by shapes.
+    """`fvp.Dual`, `fvp.Dense` or conjugate gradients, by shapes.
 
     "dual" where examples x outputs are at most 4096 and fewer than the parameters; "dense" where
     the parameters are at most 1024; else ``cg``, which operators that "dual" does not take and

@@ -1,4 +1,4 @@
-"""The iteration of :func:`fvp.cg`; what differs from the textbook is said there, and why."""
+"""The iteration of `fvp.cg`; what differs from the textbook is said there, and why."""
 
 from __future__ import annotations
 
@@ -61,7 +61,7 @@ class LinearSystem(NamedTuple):
       damping: number or scalar array.
       diagonal: D, a tree of positive entries like the right-hand side; None is the identity.
       M: approximates the inverse of D^(-1/2) A D^(-1/2) + damping I; or None.
-      tol, atol, progress_tol: as in :func:`fvp.cg`.
+      tol, atol, progress_tol: as in `fvp.cg`.
       limit: most iterations.
       window: the longest look back of the progress test; 0 for none.
       verify: whether convergence is checked by the true residual, which keeps the right-hand side.

@@ -69,14 +69,14 @@ def cg(
         k = max(10, ceil(i / 10)). Martens (2010) uses 5e-4. With a traced ``maxiter``, k <= 1024.
 
     Returns:
-      ``(x, info)``: x in the dtypes of ``rhs``, and a :class:`CGInfo`. On breakdown x is the last
+      ``(x, info)``: x in the dtypes of ``rhs``, and a `CGInfo`. On breakdown x is the last
       good iterate, zeros at worst.
 
     Raises:
       ValueError: for trees that do not fit ``rhs``, or numbers that are negative or not finite.
       TypeError: for leaves that are not floating-point.
 
-    Example:
+    Examples:
       >>> import jax.numpy as jnp, fvp
       >>> x, info = fvp.cg(lambda v: 3 * v, jnp.array([2.0, 6.0]), damping=1.0)
       >>> print(x, info.iterations, info.converged)

@@ -1,8 +1,8 @@
 """Damped systems (F + Lambda) x = b: what is solved, and the bases of what solves it.
 
 A solver prepares a system for one curvature and one damping, and keeps what it likes between steps;
-the system solves for right-hand sides. Both are for the transformations: :func:`fvp.cg` and
-:func:`fvp.solve_dual` are the same methods as functions.
+the system solves for right-hand sides. Both are for the transformations: `fvp.cg` and
+`fvp.solve_dual` are the same methods as functions.
 """
 
 from __future__ import annotations
@@ -160,7 +160,7 @@ class DampedSolver(abc.ABC):
     A frozen dataclass of options, passed as ``solver=``. What it keeps between steps is a pytree
     of arrays of fixed shapes.
 
-    Example:
+    Examples:
       >>> import dataclasses, jax, jax.numpy as jnp, fvp
       >>> from jax.flatten_util import ravel_pytree
       >>> @dataclasses.dataclass(frozen=True)
@@ -204,6 +204,6 @@ class DampedSolver(abc.ABC):
         """The system of one step, and what is kept."""
 
     def correct(self, before: PyTree, prepared: PyTree, verdict: Verdict) -> PyTree:
-        """What is kept after the step: from ``before`` it, and as :meth:`prepare` left it."""
+        """What is kept after the step: from ``before`` it, and as `prepare` left it."""
         del before, verdict
         return prepared

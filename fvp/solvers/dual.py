@@ -34,14 +34,14 @@ def solve_dual(
         x = (rhs - A^T (A A^T + damping I)^-1 A rhs) / damping,
 
     refined once. A A^T comes from products of the inputs and cotangents of each layer
-    (:mod:`fvp.layers`), never from one backward pass per row; only parameters whose use has no
+    (`fvp.layers`), never from one backward pass per row; only parameters whose use has no
     layer rule take that. The cost is that of the (rows, rows) matrix and its Cholesky
     factorisation: choose it where rows = examples x outputs are fewer than the parameters, a few
     thousand at most. Differentiable in ``operator``, ``rhs`` and ``damping``, forward and reverse.
 
     Args:
-      operator: from :func:`fvp.fisher`, :func:`fvp.ggn`, :func:`fvp.empirical_fisher` or
-        :func:`fvp.mc_fisher`, without ``chunk_size`` and ``axis_name``.
+      operator: from `fvp.fisher`, `fvp.ggn`, `fvp.empirical_fisher` or
+        `fvp.mc_fisher`, without ``chunk_size`` and ``axis_name``.
       rhs: pytree like the parameters.
       damping: positive number or scalar array; a vector of them solves for each, on a leading axis
         of the result, at little more than the cost of one.
@@ -57,7 +57,7 @@ def solve_dual(
       ValueError: for a chunked operator, a damping that is not positive, or examples sharded over
         Explicit mesh axes.
 
-    Example:
+    Examples:
       >>> import jax.numpy as jnp, fvp
       >>> x = jnp.array([[3.0, 4.0]])
       >>> F = fvp.fisher(lambda w, x: x @ w, fvp.Gaussian(), jnp.zeros((2, 1)), x)
@@ -124,7 +124,7 @@ class DualFactor:
         return cls(jacobian, SemidefiniteFactor.of(gram, damping), damping)
 
     def solve(self, rhs: Params, targets: Any = None) -> Params:
-        """The x for ``rhs``, the gradient at ``targets`` and maybe more; see :func:`solve_dual`."""
+        """The x for ``rhs``, the gradient at ``targets`` and maybe more; see `solve_dual`."""
         wide = widen_tree(rhs)
         w = self.jacobian.coefficients(targets)
         if w is None:
@@ -155,9 +155,9 @@ class DualFactor:
 
 @dataclasses.dataclass(frozen=True)
 class Dual(DampedSolver):
-    """F + damping I through the matrix of examples x outputs: exact, see :func:`fvp.solve_dual`.
+    """F + damping I through the matrix of examples x outputs: exact, see `fvp.solve_dual`.
 
-    Damping and l2 are at least sqrt(eps) trace(F), as in :class:`fvp.Dense`; with targets, whose
+    Damping and l2 are at least sqrt(eps) trace(F), as in `fvp.Dense`; with targets, whose
     gradient needs no difference, only the bound of a numerical rank, eps n trace(F) for n rows.
     """
 

@@ -26,7 +26,7 @@ INVERSE_PERIOD = 5  # steps, where factors are kept between them; docs/decisions
 
 
 class KFACState(NamedTuple):
-    """What :class:`KFACSolver` keeps between steps; all but the weight None without a batch."""
+    """What `KFACSolver` keeps between steps; all but the weight None without a batch."""
 
     factors: Any  # KFAC, weighted sums of the factors so far
     weight: Array  # float32 scalar, the weight of those sums
@@ -45,15 +45,15 @@ class KFACSolver(DampedSolver):
       factor_period: steps between two updates of the averages.
       inverse_period: steps between two inversions of them, the dearest part of a step; None is 5
         with ``example_batch`` and 1 without. After a rejected step they are inverted anew.
-      rule: how damping enters the factors, see :meth:`fvp.KFAC.inverse`.
-      weight_sharing: "expand" or "reduce", see :func:`fvp.kfac`.
+      rule: how damping enters the factors, see `fvp.KFAC.inverse`.
+      weight_sharing: "expand" or "reduce", see `fvp.kfac`.
       num_samples: labels drawn from the model for each example, for Monte Carlo factors at the cost
         of that many backward passes; None takes exact ones, with one for each column of S.
       seed: of those draws, with the number of the step.
-      fallback: see :func:`fvp.kfac`.
-      mesh: the devices among which inversions are shared, see :meth:`fvp.KFAC.inverse`.
+      fallback: see `fvp.kfac`.
+      mesh: the devices among which inversions are shared, see `fvp.KFAC.inverse`.
 
-    Example:
+    Examples:
       >>> import fvp
       >>> solver = fvp.KFACSolver(num_samples=None)
       >>> tx = fvp.scale_by_fisher(lambda w, x: x @ w, fvp.Gaussian(), damping=0.1, solver=solver)

@@ -78,7 +78,7 @@ def _solved_again(system: LinearSystem, rhs: Params, other: Params) -> Params:
 
 
 def _values(system: LinearSystem, rhs: Params, x: Params) -> dict[str, Array]:
-    """What of :class:`fvp.CGInfo` is a function of the solution."""
+    """What of `fvp.CGInfo` is a function of the solution."""
     _, form = product_and_form(system.operator, x, rhs)
     damping_term = (jnp.asarray(system.damping) * tree_vdot(x, x)).astype(form.dtype)
     model_value = 0.5 * (form + damping_term) - tree_vdot(rhs, x).astype(form.dtype)

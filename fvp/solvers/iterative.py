@@ -28,7 +28,7 @@ from fvp.typing import Params, PyTree
 
 
 class CGState(NamedTuple):
-    """What :class:`CG` keeps between steps."""
+    """What `CG` keeps between steps."""
 
     budget: Any  # Budget of iterations where it adapts; or None
     preconditioner: Any  # what the preconditioner made last; or None
@@ -43,11 +43,11 @@ class CG(DampedSolver):
         steps make little progress, gradients agree and CG ends at the limit.
       tol: stops at this relative residual.
       warm_start: start at 0.95 times the last solution; costs one product.
-      preconditioner: a :class:`fvp.Preconditioner`, such as :class:`fvp.Jacobi`; None is none.
+      preconditioner: a `fvp.Preconditioner`, such as `fvp.Jacobi`; None is none.
       refresh_period: steps between two updates of the preconditioner; after a rejected step it is
         updated at once.
 
-    Example:
+    Examples:
       >>> import fvp
       >>> solver = fvp.CG(maxiter=20, preconditioner=fvp.Jacobi(), refresh_period=10)
       >>> tx = fvp.natural_gradient(1.0, lambda w, x: x @ w, fvp.Gaussian(), solver=solver)

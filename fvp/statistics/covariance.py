@@ -46,11 +46,11 @@ def parameter_covariance(
 
     ``params`` are the estimates, a minimum of the loss. Weights are how much an example counts: to
     the sandwich it is one draw, whatever its weight.
-    The scale of a :class:`fvp.Gaussian` is part of the model: least squares with the errors of a
+    The scale of a `fvp.Gaussian` is part of the model: least squares with the errors of a
     linear regression takes ``fvp.Gaussian(scale=s)``, s^2 = residual sum of squares / (N - P).
 
     Args:
-      model_fn: as all arguments up to ``targets``, described at :func:`fvp.fisher`.
+      model_fn: as all arguments up to ``targets``, described at `fvp.fisher`.
       head: see there.
       params: see there.
       batch: see there.
@@ -68,10 +68,10 @@ def parameter_covariance(
       ValueError: naming the parameters in the null directions of a singular information: those of
         its correlation matrix with eigenvalues up to eps sqrt(N) P times the largest, what rounding
         makes of zero; naming those of negative ones; for an unknown ``kind``, missing ``targets``,
-        or as :func:`fvp.fisher`.
-      TypeError: as :func:`fvp.fisher`.
+        or as `fvp.fisher`.
+      TypeError: as `fvp.fisher`.
 
-    Example:
+    Examples:
       >>> import jax.numpy as jnp, fvp
       >>> x, model = jnp.array([[1.0, 0.0], [0.0, 2.0]]), lambda w, x: x @ w
       >>> covariance = fvp.parameter_covariance(model, fvp.Gaussian(), jnp.zeros((2, 1)), x)
@@ -113,12 +113,12 @@ def standard_errors(
 ) -> Params:
     """Standard errors of maximum likelihood estimates: the root of the covariance's diagonal.
 
-    Args, raises: as :func:`fvp.parameter_covariance`, whose matrix it forms, and inverts.
+    Args, raises: as `fvp.parameter_covariance`, whose matrix it forms, and inverts.
 
     Returns:
       A pytree like ``params``.
 
-    Example:
+    Examples:
       >>> import jax.numpy as jnp, fvp
       >>> x, w = jnp.array([[1.0, 0.0], [0.0, 2.0]]), {"slopes": jnp.zeros((2, 1))}
       >>> errors = fvp.standard_errors(lambda w, x: x @ w["slopes"], fvp.Gaussian(), w, x)

@@ -50,16 +50,16 @@ def delta_method(
     Args:
       function: g, differentiable; maps parameters to a floating-point scalar or array.
       params: the estimates; pytree of floating-point arrays.
-      covariance: C, a (P, P) matrix such as :func:`fvp.parameter_covariance` gives. For one forward
+      covariance: C, a (P, P) matrix such as `fvp.parameter_covariance` gives. For one forward
         pass of g in each of P directions or a backward one for each entry of g.
       information: or an operator A of the mean loss, such as ``fvp.fisher(...)``, for C = (n A)^-1
-        with n its sum of weights, ``A.total``. One solve by :func:`fvp.cg` for each entry of g, and
+        with n its sum of weights, ``A.total``. One solve by `fvp.cg` for each entry of g, and
         no matrix of the parameters is formed: for large models. A must be positive definite.
       tol: relative residual that the solves end at.
-      maxiter: most iterations of a solve; see :func:`fvp.cg`.
+      maxiter: most iterations of a solve; see `fvp.cg`.
 
     Returns:
-      An :class:`Estimate`. Under ``jit`` it is NaN where a solve did not converge.
+      An `Estimate`. Under ``jit`` it is NaN where a solve did not converge.
 
     Raises:
       ValueError: if not one of ``covariance`` and ``information`` is given, for a covariance of
@@ -67,7 +67,7 @@ def delta_method(
         ``maxiter`` too small.
       TypeError: if ``information`` is no operator, or g is not floating-point.
 
-    Example:
+    Examples:
       >>> import jax.numpy as jnp, fvp
       >>> x, w = jnp.array([[1.0, 0.0], [0.0, 2.0]]), jnp.array([[3.0], [2.0]])
       >>> F = fvp.fisher(lambda w, x: x @ w, fvp.Gaussian(), w, x)

@@ -29,7 +29,7 @@ def kl_divergence(
 
     Args:
       model_fn: as ``head``, ``batch``, ``weights`` and ``batch_axes``, described at
-        :func:`fvp.fisher`.
+        `fvp.fisher`.
       head: see there.
       params: parameters of the distribution that the expectation is over.
       new_params: those of the other, a pytree like ``params``.
@@ -42,10 +42,10 @@ def kl_divergence(
 
     Raises:
       ValueError: if ``new_params`` has not the structure and shapes of ``params``, or as
-        :func:`fvp.fisher`.
-      TypeError: as :func:`fvp.fisher`.
+        `fvp.fisher`.
+      TypeError: as `fvp.fisher`.
 
-    Example:
+    Examples:
       >>> import jax.numpy as jnp, fvp
       >>> x, model = jnp.array([[1.0], [2.0]]), lambda w, x: x @ w
       >>> w = jnp.zeros((1, 1))

@@ -39,7 +39,7 @@ def ewc_penalty(
       ValueError: for another structure or another shape.
       TypeError: for leaves that are not floating-point.
 
-    Example:
+    Examples:
       >>> import jax.numpy as jnp, fvp
       >>> penalty = fvp.ewc_penalty(jnp.array([1.0, 2.0]), jnp.zeros(2), jnp.array([1.0, 3.0]))
       >>> print(penalty)  # (1 + 3 * 4) / 2

@@ -39,7 +39,7 @@ def fisher_divergence(
       ValueError: if ``x`` is not (N, D), or s(x) has another shape.
       TypeError: if ``x`` is not floating-point.
 
-    Example:
+    Examples:
       >>> import jax.numpy as jnp, fvp
       >>> x = jnp.array([[1.0, -1.0], [2.0, 0.0]])
       >>> print(fvp.fisher_divergence(lambda x: -x, x))  # mean of |x|^2 / 2 - D

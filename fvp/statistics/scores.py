@@ -49,7 +49,7 @@ def score_fisher(
       centered: whether the mean score is taken out.
 
     Returns:
-      A :class:`CurvatureOperator`, for :func:`fvp.cg` and :func:`fvp.solve_dual` among others. Its
+      A `CurvatureOperator`, for `fvp.cg` and `fvp.solve_dual` among others. Its
       ``output`` is the (centred) log_prob, (N, 1), or (N, 2) of real and imaginary parts. Its
       ``transpose_product(u)`` is the covariance of the scores with u, shaped like the output: of
       local energies it is half the gradient of the energy of a real psi.
@@ -58,7 +58,7 @@ def score_fisher(
       ValueError: if ``log_prob`` is not a scalar, or for weights that do not fit.
       TypeError: for parameters that are not real floating-point arrays.
 
-    Example:
+    Examples:
       >>> import jax.numpy as jnp, fvp
       >>> log_prob = lambda w, x: -0.5 * (x - w) ** 2  # score x - w
       >>> S = fvp.score_fisher(log_prob, jnp.array(0.0), jnp.array([1.0, 2.0, 6.0]))
@@ -90,10 +90,10 @@ def density_fisher(
     r"""The Fisher of a model p(x given params) of x itself, F = E_x[score score^T].
 
     Monte Carlo: the second moment of the scores of ``num_samples`` draws. The density has to be
-    normalised, so that the mean of its score is zero; else take :func:`fvp.score_fisher`.
+    normalised, so that the mean of its score is zero; else take `fvp.score_fisher`.
 
     Of a joint p(x, y) it is that of p(x) plus the mean over x of that of p(y given x), which
-    :func:`fvp.fisher` knows without drawing y; the cross terms are of mean zero.
+    `fvp.fisher` knows without drawing y; the cross terms are of mean zero.
 
     Args:
       log_prob: ``log_prob(params, x)``, a real scalar, differentiable in params.
@@ -103,12 +103,12 @@ def density_fisher(
       num_samples: how many x to draw; the matrix has at most this rank.
 
     Returns:
-      A :class:`CurvatureOperator` over trees like ``params``; the samples are drawn once.
+      A `CurvatureOperator` over trees like ``params``; the samples are drawn once.
 
     Raises:
-      ValueError, TypeError: as :func:`fvp.score_fisher`, and for a number of samples below 1.
+      ValueError, TypeError: as `fvp.score_fisher`, and for a number of samples below 1.
 
-    Example:
+    Examples:
       >>> import jax, jax.numpy as jnp, fvp
       >>> log_prob = lambda w, x: -0.5 * (x - w) ** 2 - 0.5 * jnp.log(2 * jnp.pi)
       >>> sample = lambda w, key: w + jax.random.normal(key)

@@ -23,7 +23,7 @@ def confidence_intervals(
 
     Args:
       params: the estimates; a pytree.
-      standard_errors: a pytree like it, from :func:`fvp.standard_errors`.
+      standard_errors: a pytree like it, from `fvp.standard_errors`.
       level: probability that an interval covers the truth in large samples, between 0 and 1.
 
     Returns:
@@ -32,7 +32,7 @@ def confidence_intervals(
     Raises:
       ValueError: for another structure, another shape, or a ``level`` that is no probability.
 
-    Example:
+    Examples:
       >>> import jax.numpy as jnp, fvp
       >>> lower, upper = fvp.confidence_intervals(jnp.array([1.0]), jnp.array([0.5]))
       >>> print(f"{lower[0]:.2f} to {upper[0]:.2f}")
@@ -100,17 +100,17 @@ def summary(
 
     Args:
       params: the estimates; a pytree.
-      standard_errors: a pytree like it, from :func:`fvp.standard_errors`.
+      standard_errors: a pytree like it, from `fvp.standard_errors`.
       level: of the intervals.
       name: what the names of the rows begin with.
 
     Returns:
-      A :class:`Summary` of NumPy arrays.
+      A `Summary` of NumPy arrays.
 
     Raises:
-      ValueError: as :func:`confidence_intervals`.
+      ValueError: as `confidence_intervals`.
 
-    Example:
+    Examples:
       >>> import jax.numpy as jnp, fvp
       >>> print(fvp.summary({"slope": jnp.array([1.0, 0.2])}, {"slope": jnp.array([0.25, 0.2])}))
                             coef  std err      z  P>|z|  [0.025  0.975]

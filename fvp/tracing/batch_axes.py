@@ -1,7 +1,7 @@
 """Where a batch axis of the output is in a value.
 
-A :class:`BatchAxis` promises that each entry of the value depends on one example only, and says on
-which. :class:`Mixed` promises nothing and names the primitive where examples met, or that no rule
+A `BatchAxis` promises that each entry of the value depends on one example only, and says on
+which. `Mixed` promises nothing and names the primitive where examples met, or that no rule
 follows. A value that does not depend on the batch has None.
 """
 

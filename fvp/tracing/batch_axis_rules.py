@@ -1,7 +1,7 @@
 """How the primitives of JAX move a batch axis.
 
 A rule takes an equation, what is known of one batch axis in each of its operands (never all None,
-none :class:`Mixed`), and the length of that axis. It returns what is known of it in the outputs, or
+none `Mixed`), and the length of that axis. It returns what is known of it in the outputs, or
 None where the primitive mixes examples.
 """
 

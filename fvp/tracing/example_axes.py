@@ -101,7 +101,7 @@ class ExampleAxes:
     ) -> tuple[list[int], dict[int, int]]:
         """Axes of lengths ``sizes`` cut into example axes and rest; and where the former are.
 
-        ``dims`` are the numbers of these axes in the terms of :class:`BatchAxis`.
+        ``dims`` are the numbers of these axes in the terms of `BatchAxis`.
         """
         shape: list[int] = []
         where: dict[int, int] = {}

@@ -46,7 +46,7 @@ class Interpreter:
 
     Args:
       counts: the number of examples along each batch axis.
-      perturbations: the arrays to add to the outputs of the uses, in the order of :attr:`records`;
+      perturbations: the arrays to add to the outputs of the uses, in the order of `records`;
         None to add nothing.
       level: how many scans and conditionals this is inside of: values do not outlive them.
     """

@@ -1,7 +1,7 @@
 """The layer rules: which primitives use a parameter as the weight of a layer, and how.
 
 A new layer is one function here, that sets ``kind``, ``shared_axes``, ``features``, ``parts`` and
-the two readers of a :class:`ParameterUse`, and one line in :func:`classify`.
+the two readers of a `ParameterUse`, and one line in `classify`.
 """
 
 from __future__ import annotations

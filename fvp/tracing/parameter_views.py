@@ -113,7 +113,7 @@ class ParameterView:
         return leaf
 
     def transpose(self, core: Any, *, squared: bool = False) -> Any:
-        """The transposed derivative of :meth:`core`, of the leaf's shape behind any further axes.
+        """The transposed derivative of `core`, of the leaf's shape behind any further axes.
 
         With ``squared`` that of entries that are squares of gradients: none may meet on the way.
         """

@@ -2,7 +2,7 @@
 
 A use multiplies a weight with inputs, and its gradient is a sum of products of an input and an
 output's cotangent. Dense layers, convolutions (on patches) and lookups (of one-hot inputs) are of
-this kind; shifts and scales are it with a single input of one. Here and in :mod:`fvp.layers` the
+this kind; shifts and scales are it with a single input of one. Here and in `fvp.layers` the
 axes of arrays go by these letters:
 
     E  examples: what the model keeps apart, see `example_axes.py`

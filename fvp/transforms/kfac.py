@@ -49,7 +49,7 @@ def scale_by_kfac(
     both at once; that costs two JVPs. The gradient must be that of the mean loss over the same
     batch and weights.
 
-    It is :func:`fvp.scale_by_fisher` with ``solver=fvp.KFACSolver(...)``: ``update`` takes the same
+    It is `fvp.scale_by_fisher` with ``solver=fvp.KFACSolver(...)``: ``update`` takes the same
     keywords, options of the same name mean the same, and the state is the same, with the factors in
     its ``solver``. Where anything is not finite or, under adaptive damping, the loss does not fall,
     the update is zeros and ``accepted`` in the state is False.
@@ -58,12 +58,12 @@ def scale_by_kfac(
       model_fn: pure function ``model_fn(params, batch) -> z``.
       head: output distribution, such as ``fvp.Softmax()``.
       damping: multiple of the identity added to the factored and to the exact Fisher: a number or
-        an optax schedule, with which no step is tried, or a :class:`fvp.DampingRule`. None is
+        an optax schedule, with which no step is tried, or a `fvp.DampingRule`. None is
         ``fvp.ReductionRatio(initial_damping)``, which adapts it by the reduction of the loss on the
         batch, compared with that of the quadratic model (Levenberg-Marquardt), until the noise of
-        the batches leads, as in :func:`fvp.scale_by_fisher`.
+        the batches leads, as in `fvp.scale_by_fisher`.
       initial_damping: where that adaptation starts.
-      curvature: the exact curvature that chooses the length; as in :func:`fvp.scale_by_fisher`.
+      curvature: the exact curvature that chooses the length; as in `fvp.scale_by_fisher`.
       example_batch: a batch, or a tree of ``jax.ShapeDtypeStruct`` like one, from which ``init``
         knows the layers. With it the factors are averages over steps; without it they are those of
         each step's batch.
@@ -71,25 +71,25 @@ def scale_by_kfac(
       factor_period: steps between two updates of the averages.
       inverse_period: steps between two inversions of them, the dearest part of a step; None is 5
         with ``example_batch`` and 1 without. After a rejected step they are inverted anew.
-      rule: how damping enters the factors, see :meth:`fvp.KFAC.inverse`.
-      weight_sharing: "expand" or "reduce", see :func:`fvp.kfac`.
+      rule: how damping enters the factors, see `fvp.KFAC.inverse`.
+      weight_sharing: "expand" or "reduce", see `fvp.kfac`.
       num_samples: labels drawn from the model for each example, for Monte Carlo factors at the cost
         of that many backward passes; None takes exact ones, with one for each column of S.
       seed: of those draws, with the number of the step.
       momentum: "quadratic" lets the last step take part in the quadratic model; None does not.
         True and False are old names of them.
-      max_kl: bound on the mean KL divergence of the step, see :func:`fvp.scale_by_fisher`.
+      max_kl: bound on the mean KL divergence of the step, see `fvp.scale_by_fisher`.
       constant_kl: scale every step to exactly ``max_kl``.
-      l2: adds l2/2 |params|^2 to the loss, see :func:`fvp.scale_by_fisher`.
-      line_search: None, "loss" or "outputs", see :func:`fvp.scale_by_fisher`.
+      l2: adds l2/2 |params|^2 to the loss, see `fvp.scale_by_fisher`.
+      line_search: None, "loss" or "outputs", see `fvp.scale_by_fisher`.
       batch_axes: where the example axis of each leaf of ``batch`` is.
-      fallback: see :func:`fvp.kfac`.
-      mesh: the devices among which inversions are shared, see :meth:`fvp.KFAC.inverse`.
+      fallback: see `fvp.kfac`.
+      mesh: the devices among which inversions are shared, see `fvp.KFAC.inverse`.
 
     Returns:
       An ``optax.GradientTransformationExtraArgs``; diagnostics are in its state.
 
-    Example:
+    Examples:
       >>> import jax, jax.numpy as jnp, fvp
       >>> model = lambda w, x: x @ w
       >>> x, y = jnp.eye(2), jnp.array([[1.0], [2.0]])

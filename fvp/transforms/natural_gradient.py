@@ -52,7 +52,7 @@ def scale_by_fisher(
 
     - ``batch``: what ``model_fn`` reads;
     - ``targets``: labels, for the curvatures "ggn" and "empirical";
-    - ``weights``: as in :func:`fvp.fisher`;
+    - ``weights``: as in `fvp.fisher`;
     - ``operator``: a curvature operator that the caller built, instead of ``batch``, so that
       gradient and curvature share one linearisation (``operator.value_and_grad(targets)``);
     - ``all_params``: the whole parameter tree, under ``optax.masked`` or ``optax.partition``: the
@@ -86,19 +86,19 @@ def scale_by_fisher(
       head: output distribution, such as ``fvp.Softmax()``.
       damping: multiple of the identity added to the curvature, a number or an optax schedule, with
         which no step is tried and nothing adapts: too small a number can diverge; or a
-        :class:`fvp.DampingRule` such as :class:`fvp.LevenbergMarquardt`, which adapts it and
+        `fvp.DampingRule` such as `fvp.LevenbergMarquardt`, which adapts it and
         rejects bad steps. None, the default, takes the latter until the noise of the batches
         leads (see below), but 0 with an exact solver and ``line_search="loss"``, where the search
         alone controls the step.
-      curvature: "fisher", "ggn" or "empirical", or a subclass of :class:`fvp.OutputCurvature`.
+      curvature: "fisher", "ggn" or "empirical", or a subclass of `fvp.OutputCurvature`.
       solver: "cg"; "dual", an exact solve in the space of examples x outputs
-        (:func:`fvp.solve_dual`; pass ``targets=`` to keep its digits at tiny damping); "dense", an
+        (`fvp.solve_dual`; pass ``targets=`` to keep its digits at tiny damping); "dense", an
         exact solve with the (P, P) matrix; or "auto", which takes "dual" where examples x outputs
         are at most 4096 and fewer than the parameters, "dense" where the parameters are at most
         1024, and else "cg". The exact ones keep the damping above rounding: sqrt(eps)
         trace(F), or with ``targets=`` eps trace(F) for each row of what they factorise. Strings are
-        short names of the objects :class:`fvp.CG`, :class:`fvp.Dual`, :class:`fvp.Dense` and
-        :class:`fvp.Auto`; any other :class:`fvp.DampedSolver` serves as well.
+        short names of the objects `fvp.CG`, `fvp.Dual`, `fvp.Dense` and
+        `fvp.Auto`; any other `fvp.DampedSolver` serves as well.
       maxiter: most CG iterations. None is 11; with adaptive damping, up to ten times as many while
         steps make little progress, gradients agree and CG ends at the limit.
       tol: CG stops at this relative residual; None is 0.01.
@@ -125,16 +125,16 @@ def scale_by_fisher(
         and no ``line_search="loss"`` shortens it. Costs a JVP of a JVP and a second solve, which is
         cheap where the first was exact. Least squares in badly scaled parameters, such as PDE
         residuals, then take far longer steps.
-      chunk_size: examples linearised at a time, see :func:`fvp.fisher`.
-      batch_axes: the example axes of ``batch``, see :func:`fvp.fisher`.
+      chunk_size: examples linearised at a time, see `fvp.fisher`.
+      batch_axes: the example axes of ``batch``, see `fvp.fisher`.
       axis_name: mesh axes that the batch is split over inside ``shard_map``, see
-        :func:`fvp.fisher`.
+        `fvp.fisher`.
 
     Returns:
       An ``optax.GradientTransformationExtraArgs``; diagnostics are in its state, for example
       ``optax.tree.get(state, "iterations")``.
 
-    Example:
+    Examples:
       >>> import jax, jax.numpy as jnp, fvp
       >>> model = lambda w, x: x @ w
       >>> x, y = jnp.eye(2), jnp.array([[1.0], [2.0]])
@@ -196,7 +196,7 @@ def natural_gradient(
     ``update`` takes ``params`` and the keywords ``batch``, what ``model_fn`` reads; ``targets``,
     ``weights``, ``value_fn`` and ``value``, which say what the loss is, so that adaptive damping
     can try the step on it; ``operator``, a curvature operator that the caller built; and
-    ``all_params`` under ``optax.masked`` or ``optax.partition``. :func:`scale_by_fisher` says more
+    ``all_params`` under ``optax.masked`` or ``optax.partition``. `scale_by_fisher` says more
     of each. The gradient must be that of the mean loss over the same batch and weights. What is
     tried is the step that is returned, the learning rate included; a rejected step is zeros.
 
@@ -206,19 +206,19 @@ def natural_gradient(
       head: output distribution, such as ``fvp.Softmax()``.
       damping: multiple of the identity added to the curvature, a number or an optax schedule, with
         which no step is tried and nothing adapts: too small a number can diverge; or a
-        :class:`fvp.DampingRule` such as :class:`fvp.LevenbergMarquardt`, which adapts it and
+        `fvp.DampingRule` such as `fvp.LevenbergMarquardt`, which adapts it and
         rejects bad steps. None, the default, takes the latter until the noise of the batches
         leads (see below), but 0 with an exact solver and ``line_search="loss"``, where the search
         alone controls the step.
-      curvature: "fisher", "ggn" or "empirical", or a subclass of :class:`fvp.OutputCurvature`.
+      curvature: "fisher", "ggn" or "empirical", or a subclass of `fvp.OutputCurvature`.
       solver: "cg"; "dual", an exact solve in the space of examples x outputs
-        (:func:`fvp.solve_dual`; pass ``targets=`` to keep its digits at tiny damping); "dense", an
+        (`fvp.solve_dual`; pass ``targets=`` to keep its digits at tiny damping); "dense", an
         exact solve with the (P, P) matrix; or "auto", which takes "dual" where examples x outputs
         are at most 4096 and fewer than the parameters, "dense" where the parameters are at most
         1024, and else "cg". The exact ones keep the damping above rounding: sqrt(eps)
         trace(F), or with ``targets=`` eps trace(F) for each row of what they factorise. Strings are
-        short names of the objects :class:`fvp.CG`, :class:`fvp.Dual`, :class:`fvp.Dense` and
-        :class:`fvp.Auto`; any other :class:`fvp.DampedSolver` serves as well.
+        short names of the objects `fvp.CG`, `fvp.Dual`, `fvp.Dense` and
+        `fvp.Auto`; any other `fvp.DampedSolver` serves as well.
       maxiter: most CG iterations. None is 11; with adaptive damping, up to ten times as many while
         steps make little progress, gradients agree and CG ends at the limit.
       tol: CG stops at this relative residual; None is 0.01.
@@ -245,16 +245,16 @@ def natural_gradient(
         and no ``line_search="loss"`` shortens it. Costs a JVP of a JVP and a second solve, which is
         cheap where the first was exact. Least squares in badly scaled parameters, such as PDE
         residuals, then take far longer steps.
-      chunk_size: examples linearised at a time, see :func:`fvp.fisher`.
-      batch_axes: the example axes of ``batch``, see :func:`fvp.fisher`.
+      chunk_size: examples linearised at a time, see `fvp.fisher`.
+      batch_axes: the example axes of ``batch``, see `fvp.fisher`.
       axis_name: mesh axes that the batch is split over inside ``shard_map``, see
-        :func:`fvp.fisher`.
+        `fvp.fisher`.
 
     Returns:
       An ``optax.GradientTransformationExtraArgs``; diagnostics are in its state, for example
       ``optax.tree.get(state, "damping")``.
 
-    Example:
+    Examples:
       >>> import jax, jax.numpy as jnp, optax, fvp
       >>> model = lambda w, x: x @ w
       >>> x, y, w = jnp.eye(2), jnp.array([[1.0], [2.0]]), jnp.zeros((2, 1))

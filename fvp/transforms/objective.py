@@ -60,7 +60,7 @@ class Objective:
     before: Array | None = None
 
     def knowing(self, before: Array) -> Objective:
-        """With the loss at the parameters, as :meth:`loss_before` gave it."""
+        """With the loss at the parameters, as `loss_before` gave it."""
         return dataclasses.replace(self, before=before)
 
     def nll(self, z: Array) -> Array:
