@@ -1,5 +1,6 @@
 """Shared test setup: float64 references, eight CPU devices, and warnings that fail."""
 
+import collections
 import importlib
 
 import jax
@@ -9,11 +10,46 @@ jax.config.update("jax_enable_x64", True)
 jax.config.update("jax_num_cpu_devices", 8)
 
 
+def pytest_addoption(parser):
+    parser.addoption("--exhaustive", action="store_true", help="all combinations, not a sample")
+
+
 def pytest_configure(config):
     # A warning of the library is a message to its user, so no test may cause one unnoticed.
     config.addinivalue_line("filterwarnings", "error")
     config.addinivalue_line("markers", "compile_in_full: whatever flag the module sets")
+    config.addinivalue_line("markers", "exhaustive: one of many alike, left to --exhaustive")
+    config.addinivalue_line("markers", "each_value: some combinations that have all values")
     keep_programs(config)
+
+
+def pytest_collection_modifyitems(config, items):
+    """Leaves to `--exhaustive` what is marked so.
+
+    Of a test marked `each_value` those combinations of its parameters run that are needed for each
+    value of each parameter to be met.
+    """
+    if config.getoption("exhaustive"):
+        return
+    left = {item for item in items if item.get_closest_marker("exhaustive")}
+    combinations = collections.defaultdict(list)
+    for item in items:
+        if item.get_closest_marker("each_value") and item not in left:
+            combinations[item.parent, item.originalname].append(item)
+    for alike in combinations.values():
+        left.update(set(alike) - set(meeting_each_value(alike)))
+    config.hook.pytest_deselected(items=[item for item in items if item in left])
+    items[:] = [item for item in items if item not in left]
+
+
+def meeting_each_value(items):
+    """The next item is the first of those that have the most values which no other had."""
+    values = {item: set(item.callspec.indices.items()) for item in items}
+    unmet = set().union(*values.values())
+    while unmet:
+        item = max(items, key=lambda item: len(values[item] & unmet))
+        unmet -= values[item]
+        yield item
 
 
 def keep_programs(config):

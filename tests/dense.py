@@ -14,6 +14,7 @@ from collections.abc import Callable
 import jax
 import jax.numpy as jnp
 import numpy as np
+import pytest
 from jax.flatten_util import ravel_pytree
 
 import fvp
@@ -280,6 +281,22 @@ CASES = {
         ),
     ]
 }
+
+
+def rarely(*values):
+    """One of the parameters of a test, left to `--exhaustive`."""
+    return pytest.param(*values, marks=pytest.mark.exhaustive)
+
+
+# One head of each kind is enough where a test is about something else.
+KINDS = ("softmax", "sigmoid-2d", "gaussian-precision", "student-t", "exponential-family")
+each_kind_of_case = pytest.mark.parametrize(
+    "case",
+    [
+        pytest.param(case, id=name, marks=() if name in KINDS else pytest.mark.exhaustive)
+        for name, case in CASES.items()
+    ],
+)
 
 
 @functools.cache

@@ -56,6 +56,7 @@ def columns(params, parts):
 SPLITS = {"unequal": 9, "equal": 7, "one point": 1}
 
 
+@pytest.mark.each_value
 @pytest.mark.parametrize("split", SPLITS.values(), ids=SPLITS)
 @pytest.mark.parametrize("model", [concatenated, jitted, mapped, padded, sliced, columns])
 def test_parts_are_served_as_the_whole(model, split):

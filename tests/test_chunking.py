@@ -70,6 +70,7 @@ def evaluate(build):
 
 
 # 6 = 2 x 3 splits evenly even by 4, into 3 + 3; 7 leaves a remainder for each of 2 to 6.
+@pytest.mark.each_value
 @every_curvature
 @pytest.mark.parametrize(
     ("count", "chunk_size"),
@@ -82,6 +83,7 @@ def test_chunked_product_equals_unchunked(evaluate, curvature, count, chunk_size
     assert relative_error(chunked, whole) < 1e-12
 
 
+@pytest.mark.each_value
 @every_curvature
 @pytest.mark.parametrize(
     ("name", "batch_axes", "chunk_size", "dtype", "tolerance"),
@@ -210,6 +212,7 @@ def two_input_batch():
     }
 
 
+@pytest.mark.each_value
 @every_curvature
 @pytest.mark.parametrize("axis", [1, -1])
 def test_batch_axes_name_the_example_axis_of_each_leaf(build, curvature, axis):

@@ -4,6 +4,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from dense import rarely
 from jax.flatten_util import ravel_pytree
 
 import fvp
@@ -58,7 +59,7 @@ def test_all_products_give_the_dense_numbers(compiled):
         np.testing.assert_allclose(getattr(found, name), value, rtol=1e-9, err_msg=name)
 
 
-@pytest.mark.parametrize(("dtype", "rtol"), [(jnp.float64, 0.01), (jnp.float32, 0.01)])
+@pytest.mark.parametrize(("dtype", "rtol"), [rarely(jnp.float64, 0.01), (jnp.float32, 0.01)])
 def test_fewer_products_than_parameters_come_within_a_hundredth(dtype, rtol):
     F, E, gradient = pair(20, 8, dtype)  # 184 parameters
     found = fvp.compare_curvatures(F, E, gradient, KEY, damping=0.1, num_products=60)

@@ -4,7 +4,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from dense import CASES, mlp, parameters, product_matrix, reference, relative_error
+from dense import each_kind_of_case, mlp, parameters, product_matrix, reference, relative_error
 from jax.flatten_util import ravel_pytree
 from models import MODELS
 from test_models import dense, every_model, problem
@@ -39,7 +39,7 @@ def test_models_that_mix_examples_say_where(name):
         fvp.fisher_diagonal(model_fn, MODELS[name].case.head, params, batch)
 
 
-@pytest.mark.parametrize("case", CASES.values(), ids=CASES)
+@each_kind_of_case
 def test_every_head(case):
     rng = np.random.default_rng(0)
     model_fn, params = mlp(case.event_shape), parameters(rng, case.size)

@@ -12,6 +12,7 @@ import scipy.stats
 from dense import (
     CASES,
     quick_jit,
+    rarely,
     relative_error,
     sigmoid_log_prob,
     softmax_rows_log_prob,
@@ -83,7 +84,7 @@ def fisher_blocks(case, z):
 
 
 @every_case
-@pytest.mark.parametrize("batch_axes", [(6,), (2, 3)], ids=["B", "BT"])
+@pytest.mark.parametrize("batch_axes", [rarely((6,)), (2, 3)], ids=["B", "BT"])
 @pytest.mark.parametrize("method", ["nll", "mean", "score", "fisher", "hessian", "kl"])
 def test_method_equals_its_definition(case, batch_axes, method):
     actual, expected = evaluated(case, batch_axes)
@@ -93,20 +94,19 @@ def test_method_equals_its_definition(case, batch_axes, method):
 
 
 @every_case
-@pytest.mark.parametrize("size", [1.0, 0.0])  # zero logits are where every network starts
-def test_nll_can_be_differentiated_twice(case, size):
-    z, y, u, _ = draw(case, (6,))
-    z = size * z
+def test_nll_can_be_differentiated_twice(case):
+    some, y, u, _ = draw(case, (6,))
 
     @quick_jit
     def derivatives(z, u):
         gradient = jax.grad(lambda z: case.head.nll(z, y).sum())
         return jax.jvp(gradient, (z,), (u,))
 
-    gradient, hessian = derivatives(z, u)
-    expected = definitions(case, z, y, u, z)
-    assert relative_error(gradient, -expected["score"].reshape(z.shape)) < 1e-12
-    assert relative_error(hessian, expected["hessian"].reshape(z.shape)) < 1e-12
+    for z in (some, 0 * some):  # zero logits are where every network starts
+        gradient, hessian = derivatives(z, u)
+        expected = definitions(case, z, y, u, z)
+        assert relative_error(gradient, -expected["score"].reshape(z.shape)) < 1e-12
+        assert relative_error(hessian, expected["hessian"].reshape(z.shape)) < 1e-12
 
 
 @every_case
@@ -336,6 +336,7 @@ def test_gaussian_is_finite_at_extreme_means(name):
     assert all(value.dtype == jnp.float32 and jnp.isfinite(value).all() for value in values)
 
 
+@pytest.mark.each_value
 @every_case
 @pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float16, jnp.float32])
 def test_narrow_results_are_the_float64_results_rounded(case, dtype):
@@ -352,6 +353,7 @@ def test_narrow_results_are_the_float64_results_rounded(case, dtype):
         np.testing.assert_allclose(value, expected[name], rtol=rounding, atol=2e-6, err_msg=name)
 
 
+@pytest.mark.each_value
 @sampled_case
 @pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float16, jnp.float32, jnp.float64])
 def test_samples_are_targets_of_the_same_dtype(case, dtype):
@@ -365,7 +367,7 @@ def test_samples_are_targets_of_the_same_dtype(case, dtype):
 
 
 @pytest.mark.parametrize("name", ["poisson", "student-t", "multinomial"])
-@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16, jnp.float64])
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16, rarely(jnp.float64)])
 def test_everything_is_finite_at_extreme_outputs(name, dtype):
     case = CASES[name]
     z = jnp.asarray([[1e4, -1e4, 0.0], [-1e4, -1e4, 1e4], [0.0, 1e4, 1e4]], dtype)

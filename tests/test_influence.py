@@ -24,6 +24,7 @@ def dense_scores(model, head, params, train, query, damping, train_targets, quer
     return -wanted @ jnp.linalg.solve(H + damping * jnp.eye(flat.size), gradients.T)
 
 
+@pytest.mark.each_value
 @pytest.mark.parametrize("name", ["softmax", "sigmoid", "gaussian-precision", "gaussian-0d"])
 @pytest.mark.parametrize("weighted", [False, True])
 def test_scores_equal_the_dense_ones(name, weighted):

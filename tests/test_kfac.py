@@ -39,6 +39,7 @@ def factored(model_fn, head, params, batch, **options):
     return quick_jit(lambda p: fvp.kfac(model_fn, head, p, batch, **options).dense())(params)
 
 
+@pytest.mark.each_value
 @pytest.mark.parametrize("name", ["softmax", "sigmoid-2d", "gaussian-precision", "gaussian-0d"])
 @pytest.mark.parametrize("copies", [1, 3])
 def test_exact_for_one_example_and_its_copies(name, copies):

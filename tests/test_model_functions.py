@@ -2,6 +2,7 @@
 
 import functools
 import gc
+import itertools
 import weakref
 
 import equinox
@@ -64,7 +65,6 @@ FORMS = {
     "method": (OWNER.model_fn, X, 0),
     "flags": (with_flags, FLAGS, {**dict.fromkeys(FLAGS), "x": 0}),
 }
-every_form = pytest.mark.parametrize("form", FORMS)
 
 
 def transform_update(make):
@@ -100,7 +100,9 @@ CALLS = {
     "dual": lambda f, b, axes: fvp.solve_dual(fvp.fisher(f, HEAD, PARAMS, b), PARAMS, 0.1),
     "transform": scale_by_fisher(),
     "chunked transform": scale_by_fisher(chunk_size=4, damping=0.1),
-    "bent transform": scale_by_fisher(solver="dense", geodesic=True, line_search="loss"),
+    "bent transform": scale_by_fisher(
+        solver="dense", damping=0.1, geodesic=True, line_search="loss"
+    ),
 }
 
 
@@ -109,8 +111,16 @@ def expected(call):
     return CALLS[call](plain, X, 0)
 
 
-@every_form
-@pytest.mark.parametrize("call", CALLS)
+# Every form through products, whole and in chunks; every call with two forms, in turn.
+MEETINGS = list(itertools.product(("fisher", "chunked"), FORMS)) + [
+    (call, list(FORMS)[(2 * number + other) % len(FORMS)])
+    for number, call in enumerate(CALLS)
+    for other in (0, 3)
+    if call not in ("fisher", "chunked")
+]
+
+
+@pytest.mark.parametrize(("call", "form"), MEETINGS)
 def test_models_and_batches_of_every_form(form, call):
     assert relative_error(CALLS[call](*FORMS[form]), expected(call)) < 1e-12
 

@@ -365,6 +365,7 @@ def test_full_batches_stay_so_where_others_change_the_steps(make, rate):
         assert not noise_of(state).leads
 
 
+@pytest.mark.each_value
 @pytest.mark.parametrize(("make", "rate"), [(natural_gradient, 1.0), (scale_by_kfac, 0.25)])
 @pytest.mark.parametrize(("seed", "size", "risen"), [(3, 3, True), (3, 32, False)])
 def test_the_steps_that_show_it_are_taken_back(make, rate, seed, size, risen):

@@ -1,6 +1,7 @@
 """Several outputs side by side, against dense references, through everything that takes a head."""
 
 import dataclasses
+import functools
 
 import jax
 import jax.numpy as jnp
@@ -54,13 +55,17 @@ def summed(function, weighted):
     return sum((WEIGHTS[name] if weighted else 1) * function(name) for name in PARTS)
 
 
-def dense_sum(build, weighted):
-    """The matrix of the sum of the operators of all parts."""
-    return summed(lambda name: product_matrix(build(name)), weighted)
+@functools.cache
+def of_part(curvature, name):
+    """The matrix of one part."""
+    targets = () if curvature == "fisher" else (TARGETS[name],)
+    problem = part(name), PARTS[name].head, PARAMS, X, *targets
+    return product_matrix(getattr(fvp, curvature)(*problem, weights=SHARES))
 
 
-def fisher_of(name):
-    return fvp.fisher(part(name), PARTS[name].head, PARAMS, X, weights=SHARES)
+def dense_sum(curvature, weighted):
+    """The sum of the matrices of all parts."""
+    return summed(lambda name: of_part(curvature, name), weighted)
 
 
 @pytest.mark.parametrize(
@@ -69,28 +74,19 @@ def fisher_of(name):
 @pytest.mark.parametrize("curvature", ["fisher", "ggn", "hessian"])
 def test_curvature_is_the_weighted_sum_of_those_of_the_parts(curvature, chunk_size, weighted):
     build = getattr(fvp, curvature)
-    targets = {} if curvature == "fisher" else {"targets": TARGETS}
+    targets = () if curvature == "fisher" else (TARGETS,)
     options = {"weights": SHARES, "chunk_size": chunk_size}
-    F = build(model, head_of(weighted), PARAMS, X, **targets, **options)
-    of_part = lambda name: build(
-        part(name),
-        PARTS[name].head,
-        PARAMS,
-        X,
-        **{key: value[name] for key, value in targets.items()},
-        weights=SHARES,
-    )
-    expected = dense_sum(of_part, weighted)
+    F = build(model, head_of(weighted), PARAMS, X, *targets, **options)
+    expected = dense_sum(curvature, weighted)
     assert relative_error(product_matrix(F), expected) < 1e-12
     np.testing.assert_allclose(F.quadratic_form(PARAMS), FLAT @ expected @ FLAT, rtol=1e-11)
     if chunk_size is None:
         assert relative_error(F.dense(), expected) < 1e-12
 
 
-@either
-def test_output_is_the_dict_of_the_model(weighted):
+def test_output_is_the_dict_of_the_model():
     for chunk_size in (None, 4):
-        F = fvp.fisher(model, head_of(weighted), PARAMS, X, chunk_size=chunk_size)
+        F = fvp.fisher(model, head_of(False), PARAMS, X, chunk_size=chunk_size)
         expected = model(PARAMS, X)
         assert jax.tree.structure(F.output) == jax.tree.structure(expected)
         jax.tree.map(np.testing.assert_allclose, F.output, expected)
@@ -98,8 +94,7 @@ def test_output_is_the_dict_of_the_model(weighted):
         jax.tree.map(np.testing.assert_allclose, through, expected)
 
 
-@either
-@pytest.mark.parametrize("chunk_size", [None, 4])
+@pytest.mark.parametrize(("chunk_size", "weighted"), [(None, False), (4, True)])
 def test_value_and_gradient_are_those_of_the_mean_loss(chunk_size, weighted):
     head = head_of(weighted)
 
@@ -113,9 +108,8 @@ def test_value_and_gradient_are_those_of_the_mean_loss(chunk_size, weighted):
     assert relative_error(gradient, expected[1]) < 1e-12
 
 
-@either
-def test_empirical_fisher_is_that_of_the_gradients_of_the_sum(weighted):
-    head = head_of(weighted)
+def test_empirical_fisher_is_that_of_the_gradients_of_the_sum():
+    head = head_of(True)
     row = lambda flat: head.nll(model(UNRAVEL(flat), X), TARGETS)
     gradients = jax.jacobian(row)(FLAT)
     expected = gradients.T @ (SHARES[:, None] * gradients) / SHARES.sum()
@@ -128,10 +122,9 @@ def test_empirical_fisher_is_that_of_the_gradients_of_the_sum(weighted):
     np.testing.assert_allclose(pushed, gradients.mean(0), rtol=1e-11)
 
 
-@either
-def test_monte_carlo_fisher_is_unbiased(weighted):
+def test_monte_carlo_fisher_is_unbiased():
     """Quadratic forms of 2,000 draws; z-scores below 5."""
-    head = head_of(weighted)
+    head = head_of(True)
     exact = fvp.fisher(model, head, PARAMS, X).quadratic_form(PARAMS)
     form = lambda key: fvp.mc_fisher(model, head, PARAMS, X, key).quadratic_form(PARAMS)
     values = np.asarray(quick_jit(jax.vmap(form))(jax.random.split(KEY, 2000)))
@@ -141,20 +134,18 @@ def test_monte_carlo_fisher_is_unbiased(weighted):
     assert relative_error(chunks, whole) < 1e-12
 
 
-@either
-def test_one_call_products_equal_the_operators(weighted):
-    problem = model, head_of(weighted), PARAMS, X
+def test_one_call_products_equal_the_operators():
+    problem = model, head_of(True), PARAMS, X
     expected = fvp.fisher(*problem) @ PARAMS
     assert relative_error(fvp.fisher_vector_product(*problem, PARAMS), expected) < 1e-12
     expected = fvp.ggn(*problem, TARGETS) @ PARAMS
     assert relative_error(fvp.ggn_vector_product(*problem, TARGETS, PARAMS), expected) < 1e-12
 
 
-@either
-def test_layerwise_curvature_and_dual_solves(weighted):
-    head = head_of(weighted)
+def test_layerwise_curvature_and_dual_solves():
+    head = head_of(True)
     F = fvp.fisher(model, head, PARAMS, X, weights=SHARES)
-    matrix = dense_sum(fisher_of, weighted)
+    matrix = dense_sum("fisher", True)
     diagonal = fvp.fisher_diagonal(model, head, PARAMS, X, weights=SHARES)
     assert relative_error(ravel_pytree(diagonal)[0], jnp.diagonal(matrix)) < 1e-12
     gradient = F.value_and_grad(TARGETS)[1]
@@ -169,11 +160,10 @@ def test_layerwise_curvature_and_dual_solves(weighted):
     assert relative_error(solution, expected) < 1e-8
 
 
-@either
-def test_kfac_of_a_linear_model_at_one_example_is_its_fisher(weighted):
+def test_kfac_of_a_linear_model_at_one_example_is_its_fisher():
     linear = lambda p, x: {name: x @ p[name] for name in SIZES} | {"flag": (x @ p["flag"])[..., 0]}
     params = {name: PARAMS[name][:2] for name in SIZES}
-    head = head_of(weighted)
+    head = head_of(True)
     K = fvp.kfac(linear, head, params, X[:1])
     F = fvp.fisher(linear, head, params, X[:1]).dense()
     blocks = jax.scipy.linalg.block_diag(
@@ -333,11 +323,10 @@ def test_what_does_not_fit_is_said_at_trace_time():
         fvp.Product({"a": fvp.Softmax()}, {"a": -1.0})
 
 
-@either
-def test_posteriors_and_influence(weighted):
-    head, size = head_of(weighted), FLAT.size
+def test_posteriors_and_influence():
+    head, size = head_of(True), FLAT.size
     total = SHARES.sum()
-    fisher = dense_sum(fisher_of, weighted)
+    fisher = dense_sum("fisher", True)
     covariance = jnp.linalg.inv(total * fisher + 0.5 * jnp.eye(size))
 
     def found():
@@ -360,12 +349,12 @@ def test_posteriors_and_influence(weighted):
         assert relative_error(variance[name], jnp.einsum("...p,pq,...q", J, covariance, J)) < 1e-8
         assert response[name].shape == z.shape
     losses = lambda flat: summed(
-        lambda name: PARTS[name].head.nll(part(name)(UNRAVEL(flat), X), TARGETS[name]), weighted
+        lambda name: PARTS[name].head.nll(part(name)(UNRAVEL(flat), X), TARGETS[name]), True
     )
     determinant = jnp.linalg.slogdet(jnp.eye(size) + 2 * total * fisher)[1]
     expected = -SHARES @ losses(FLAT) - 0.25 * FLAT @ FLAT - 0.5 * determinant
     np.testing.assert_allclose(evidence, expected, rtol=1e-9)
     gradients = jax.jacobian(losses)(FLAT)
-    plain = lambda name: fvp.fisher(part(name), PARTS[name].head, PARAMS, X)
-    damped = dense_sum(plain, weighted) + 0.1 * jnp.eye(size)
+    plain = lambda name: product_matrix(fvp.fisher(part(name), PARTS[name].head, PARAMS, X))
+    damped = summed(plain, True) + 0.1 * jnp.eye(size)
     assert relative_error(scores, -gradients @ jnp.linalg.solve(damped, gradients.T)) < 1e-7

@@ -39,6 +39,11 @@ def damped_by(rule):
     return step(fvp.scale_by_fisher(model, HEAD, damping=rule))
 
 
+def damped_state():
+    tx = fvp.scale_by_fisher(model, HEAD, damping=0.1)
+    return tx.update(GRADIENT, tx.init(PARAMS), PARAMS, batch=X)[1]
+
+
 def curved_by(kind):
     return fvp.gauss_newton(kind, *PROBLEM, targets=Y) @ PARAMS
 
@@ -109,6 +114,8 @@ CALLS = {
     "dataset_operator": lambda: (
         fvp.dataset_operator(lambda x: fvp.fisher(model, HEAD, PARAMS, x), [X[:3], X[3:]]) @ PARAMS
     ),
+    "describe": lambda: len(fvp.describe(fvp.scale_by_fisher(model, HEAD).init(PARAMS))),
+    "diagnostics": lambda: fvp.diagnostics(damped_state())["step"],
     "diagonal_preconditioner": lambda: fvp.diagonal_preconditioner(PARAMS, 2.0).mv(GRADIENT),
     "eigenpairs": lambda: fvp.eigenpairs(FISHER, 2, KEY),
     "empirical_fisher": lambda: fvp.empirical_fisher(*PROBLEM, Y) @ PARAMS,

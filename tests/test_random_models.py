@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from dense import CASES, relative_error
+from dense import CASES, rarely, relative_error
 from random_models import (
     LARGEST,
     model_of,
@@ -23,12 +23,12 @@ from random_models import (
 
 COMPILE_QUICKLY = True
 
-SEEDS = (0, 1, 5, 6, 7, 12, 15, 20, 23, 25)  # two minutes of compilation; many of them once failed
+SEEDS = (0, 1, 5, 6, 7, 12, 15, 20, 23, 25)  # many of them once failed
 
 model_of_seed = functools.cache(lambda seed: random_model(seed, blocks=1))
 
 
-@pytest.mark.parametrize("seed", SEEDS)
+@pytest.mark.parametrize("seed", [0, 1, 6, 12, 20, *map(rarely, (5, 7, 15, 23, 25))])
 def test_exact_or_refused_with_the_primitive(seed):
     model = model_of_seed(seed)
     wrong = [verdict for verdict in verdicts(model) if not verdict.fine]

@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from dense import relative_error
+from dense import rarely, relative_error
 from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 from sharded_problem import (
@@ -81,10 +81,10 @@ def unsharded():
 @pytest.mark.parametrize(
     ("layout", "axis_type"),
     [
-        ("DP", AxisType.Auto),
+        rarely("DP", AxisType.Auto),
         ("TP", AxisType.Auto),
         ("FSDP", AxisType.Explicit),
-        ("TP", AxisType.Explicit),
+        rarely("TP", AxisType.Explicit),
     ],
 )
 def test_sharded_curvature_equals_unsharded(layout, axis_type):
@@ -126,7 +126,7 @@ def unsharded_step():
     return updates
 
 
-@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("layout", ["FSDP", *map(rarely, ("DP", "TP"))])
 def test_sharded_step_equals_unsharded(layout):
     mesh = make_mesh(AxisType.Auto)
     tx = fvp.scale_by_kfac(plain_model, HEAD, mesh=mesh, **OPTIONS)
@@ -147,7 +147,7 @@ def unsharded_solve():
     return jax.jit(solve)(PARAMS, VECTOR, *data())
 
 
-@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("layout", ["TP", *map(rarely, ("DP", "FSDP"))])
 def test_sharded_dual_solve_equals_unsharded(layout):
     with jax.set_mesh(mesh := make_mesh(AxisType.Auto)):
         found = jax.jit(solve)(*placed(mesh, layout))

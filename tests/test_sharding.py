@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 import pytest
 from collectives import collectives, loop_state_shapes, total_bytes
-from dense import relative_error
+from dense import rarely, relative_error
 from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 from sharded_problem import (
@@ -169,7 +169,7 @@ def steps_under_noise(model_fn, params, batch):
     return params, state
 
 
-@pytest.mark.parametrize(("layout", "axis_type"), [("FSDP", EXPLICIT), ("DPxTP", AUTO)])
+@pytest.mark.parametrize(("layout", "axis_type"), [("FSDP", EXPLICIT), rarely("DPxTP", AUTO)])
 def test_steps_under_noise_equal_unsharded_and_keep_the_shardings(layout, axis_type):
     at = placed(layout, axis_type)
     with jax.set_mesh(at.mesh):

@@ -6,7 +6,16 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from dense import CASES, mlp, parameters, product_matrix, quick_jit, reference, relative_error
+from dense import (
+    CASES,
+    each_kind_of_case,
+    mlp,
+    parameters,
+    product_matrix,
+    quick_jit,
+    reference,
+    relative_error,
+)
 from jax.flatten_util import ravel_pytree
 from models import MODELS, normal
 from test_models import dense, problem
@@ -21,7 +30,7 @@ def solution(matrix, rhs, damping):
     return unravel(jnp.linalg.solve(matrix + damping * jnp.eye(flat.size), flat))
 
 
-@pytest.mark.parametrize("case", CASES.values(), ids=CASES)
+@each_kind_of_case
 def test_every_head_with_weights_and_masks(case):
     rng = np.random.default_rng(0)
     model_fn, params = mlp(case.event_shape), parameters(rng, case.size)
