@@ -31,6 +31,7 @@ def builder(build, curvature, weighted):
     return operator
 
 
+@pytest.mark.each_value
 @pytest.mark.parametrize("weighted", [False, True])
 @pytest.mark.parametrize("curvature", ["fisher", "hessian", "empirical_fisher"])
 def test_products_equal_those_of_one_batch(build, curvature, weighted):

@@ -94,8 +94,7 @@ def with_fault(fault, gradient, x, y, weights):
     return gradient, x, y, weights
 
 
-# The states of the others hold all that theirs do, but for a direction to start from.
-RARE = ("untried", "plane", "number")
+RARE = ("untried", "dual", "geodesic", "plane", "number", "kfac")
 
 
 @pytest.mark.parametrize(

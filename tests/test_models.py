@@ -73,10 +73,17 @@ def evaluated(name, curvature):
 
 
 # Compiled quickly, a maximum may equal none of the values it was taken of; see `programs`.
-NAMES = [
-    pytest.param(name, marks=pytest.mark.compile_in_full) if name == "resnet_block" else name
-    for name in MODELS
-]
+IN_FULL = ("resnet_block",)
+ALIKE = (
+    "mlp_of_inner_jit",
+    "mlp_with_dropout",
+    "cnn_with_batchnorm_in_evaluation",
+    "nnx_cnn_in_evaluation",
+    "linen_cnn_in_training",
+)
+MARKS = dict.fromkeys(IN_FULL, pytest.mark.compile_in_full)
+MARKS |= dict.fromkeys(ALIKE, pytest.mark.exhaustive)
+NAMES = [pytest.param(name, marks=MARKS.get(name, ())) for name in MODELS]
 every_model = pytest.mark.parametrize("name", NAMES)
 
 
@@ -128,7 +135,7 @@ def products(model_fn, head, params, batch, targets, weights, stacked, chunk_siz
 
 @pytest.mark.compile_in_full
 @pytest.mark.parametrize(
-    ("name", "chunk_sizes"), [rarely("mixture_of_experts", (1, 3)), ("transformer", (2,))]
+    ("name", "chunk_sizes"), [("mixture_of_experts", (1, 3)), rarely("transformer", (2,))]
 )
 def test_chunks_are_as_exact_as_the_whole_in_float32(name, chunk_sizes):
     """How exact that is depends on the model and on the kernels of the CPU."""

@@ -28,7 +28,7 @@ SEEDS = (0, 1, 5, 6, 7, 12, 15, 20, 23, 25)  # many of them once failed
 model_of_seed = functools.cache(lambda seed: random_model(seed, blocks=1))
 
 
-@pytest.mark.parametrize("seed", [0, 1, 6, 12, 20, *map(rarely, (5, 7, 15, 23, 25))])
+@pytest.mark.parametrize("seed", [1, 12, 20, *map(rarely, (0, 5, 6, 7, 15, 23, 25))])
 def test_exact_or_refused_with_the_primitive(seed):
     model = model_of_seed(seed)
     wrong = [verdict for verdict in verdicts(model) if not verdict.fine]

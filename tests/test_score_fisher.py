@@ -68,6 +68,7 @@ def test_score_fisher_can_be_solved_with(log_prob, weights, centered):
     assert relative_error(solution, expected) < 1e-8
 
 
+@pytest.mark.each_value
 @pytest.mark.parametrize("weighted", [False, True])
 @pytest.mark.parametrize("make", ["solve_dual", "dense"])
 def test_centred_scores_cost_little_more_than_their_second_moment(make, weighted):

@@ -82,7 +82,7 @@ def unsharded():
     ("layout", "axis_type"),
     [
         rarely("DP", AxisType.Auto),
-        ("TP", AxisType.Auto),
+        rarely("TP", AxisType.Auto),
         ("FSDP", AxisType.Explicit),
         rarely("TP", AxisType.Explicit),
     ],

@@ -13,6 +13,7 @@ from dense import (
     parameters,
     product_matrix,
     quick_jit,
+    rarely,
     reference,
     relative_error,
 )
@@ -54,11 +55,11 @@ def test_every_head_with_weights_and_masks(case):
 @pytest.mark.parametrize(
     "name",
     [
-        "mlp_with_custom_vjp",
+        rarely("mlp_with_custom_vjp"),
         "mixture_of_experts",
         "pde_residual",
         pytest.param("resnet_block", marks=pytest.mark.compile_in_full),
-        "transformer",
+        rarely("transformer"),
     ],
 )
 def test_architectures(name):

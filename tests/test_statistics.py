@@ -48,6 +48,7 @@ def closed_form(name, weights, kind):
     return inverse @ scores.T @ scores @ inverse
 
 
+@pytest.mark.each_value
 @every_model
 @weighted
 @pytest.mark.parametrize("kind", ["expected", "observed", "sandwich"])

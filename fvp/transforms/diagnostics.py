@@ -7,6 +7,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from jax import Array
+from jax.core import Tracer
 
 from fvp.compatibility import pure_state
 from fvp.transforms.state import NaturalGradientState
@@ -78,7 +79,7 @@ def describe(state: Any) -> str:
       step 1: accepted; damping 0.5, 1 iterations, residual 0, predicted KL divergence 0.5
     """
     numbers = diagnostics(state)
-    if any(isinstance(value, jax.core.Tracer) for value in numbers.values()):
+    if any(isinstance(value, Tracer) for value in numbers.values()):
         raise ValueError("state: expected concrete arrays to describe; under jit take diagnostics")
     value = {name: float(number) for name, number in numbers.items()}
     step = f"step {value['step']:.0f}: "
