@@ -1,0 +1,269 @@
+"""Exact steps on differential equations, beside what others have published.
+
+    python benchmarks/pde.py
+    python benchmarks/pde.py heat --seconds 60 --seeds 3
+
+With nothing set but the line for exact steps (`solver="auto"`, `line_search="loss"`,
+`geodesic=True`). Prints the error as it falls, then a table of all seeds; writes every curve to
+`out/pde.json` and draws them. Seconds are those of training; compilation is told apart.
+"""
+
+import argparse
+import dataclasses
+import json
+import time
+from collections.abc import Callable
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import matplotlib
+import numpy as np
+import optax
+from tqdm import tqdm
+
+import fvp
+
+matplotlib.use("Agg")
+import matplotlib.pyplot as plt
+
+HEAD = fvp.Gaussian(event_ndim=0)
+
+
+@dataclasses.dataclass(frozen=True)
+class Equation:
+    """Points inside and at the edge, their residuals, and the solution; all of one point.
+
+    Attributes:
+      inside, edge: ``(u, x) -> residual`` of a function u of one point.
+      solution: of a stack of points, for the error.
+      points: ``(rng) -> (points inside, points at the edge)``.
+      widths: of the network.
+      features: of a point, the network's input.
+      relative: whether errors are divided by the norm of the solution.
+      solver: as for `fvp.natural_gradient`.
+      published: what is known of others.
+    """
+
+    inside: Callable[..., Any]
+    edge: Callable[..., Any]
+    solution: Callable[[Any], Any]
+    points: Callable[[np.random.Generator], tuple[Any, Any]]
+    widths: tuple[int, ...]
+    published: str
+    features: Callable[[Any], Any] = lambda x: x
+    relative: bool = False
+    solver: str = "auto"
+
+
+def second(u, x, axis):
+    """The second derivative along one axis."""
+    along = jnp.zeros_like(x).at[axis].set(1)
+    return jax.jvp(lambda x: jax.jvp(u, (x,), (along,))[1], (x,), (along,))[1]
+
+
+def sine_product(x):
+    return jnp.sin(jnp.pi * x[..., 0]) * jnp.sin(jnp.pi * x[..., 1])
+
+
+def square_points(interior, edge):
+    """Of the unit square; its sides get equally many."""
+
+    def points(rng):
+        on_edge, side = rng.uniform(size=(edge, 2)), np.arange(edge) % 4
+        on_edge[np.arange(edge), side // 2] = side % 2
+        return rng.uniform(size=(interior, 2)), on_edge
+
+    return points
+
+
+def poisson(widths, interior, published):
+    return Equation(
+        inside=lambda u, x: second(u, x, 0) + second(u, x, 1) + 2 * jnp.pi**2 * sine_product(x),
+        edge=lambda u, x: u(x),
+        solution=sine_product,
+        points=square_points(interior, 120),
+        widths=widths,
+        published=published,
+    )
+
+
+def heat_points(rng):
+    """(t, x) inside; half of the others at t = 0, half at x = 0 or 1."""
+    start = np.stack([np.zeros(60), rng.uniform(size=60)], 1)
+    sides = np.stack([rng.uniform(size=60), np.arange(60) % 2], 1)
+    return rng.uniform(size=(900, 2)), np.concatenate([start, sides])
+
+
+def heat_solution(x):
+    return jnp.exp(-0.25 * jnp.pi**2 * x[..., 0]) * jnp.sin(jnp.pi * x[..., 1])
+
+
+VISCOSITY = 0.01 / np.pi
+
+
+def burgers_points(rng):
+    inside, start = rng.uniform(size=(1500, 2)), rng.uniform(size=(200, 2)) * [0, 1]
+    return inside * [1, 2] - [0, 1], start * [1, 2] - [0, 1]
+
+
+def burgers_solution(points):
+    """Cole and Hopf's, by Gauss-Hermite quadrature; in NumPy."""
+    nodes, weights = np.polynomial.hermite.hermgauss(200)
+    t, x = np.asarray(points, np.float64).T[:, :, None]
+    y = x - np.sqrt(4 * VISCOSITY * t) * nodes
+    kernel = weights * np.exp(-(1 + np.cos(np.pi * y)) / (2 * np.pi * VISCOSITY))
+    return -np.sum(kernel * np.sin(np.pi * y), 1) / np.sum(kernel, 1)
+
+
+def burgers_residual(u, x):
+    du = jax.grad(u)(x)
+    return du[0] + u(x) * du[1] - VISCOSITY * second(u, x, 1)
+
+
+EQUATIONS = {
+    "poisson 257": poisson(
+        (2, 64, 1), 900, "1.1e-6 after 15 s, a hand-written step on the same CPU"
+    ),
+    "poisson 9,873": poisson((2, 64, 64, 48, 48, 1), 900, "2.5e-7, of 2505.12149"),
+    "heat": Equation(
+        inside=lambda u, x: jax.grad(u)(x)[0] - 0.25 * second(u, x, 1),
+        edge=lambda u, x: u(x) - heat_solution(x),
+        solution=heat_solution,
+        points=heat_points,
+        widths=(2, 64, 64, 48, 48, 1),
+        published="4.3e-8 after 1,000 s of a GPU, of 2505.12149",
+    ),
+    "burgers": Equation(
+        inside=burgers_residual,
+        edge=lambda u, x: u(x) + jnp.sin(jnp.pi * x[1]),
+        solution=burgers_solution,
+        points=burgers_points,
+        widths=(3, 20, 20, 20, 20, 1),
+        features=lambda x: jnp.stack([x[0], jnp.cos(jnp.pi * x[1]), jnp.sin(jnp.pi * x[1])]),
+        relative=True,
+        solver="dense",  # 1,361 parameters are more than "auto" takes it for
+        published="3.9e-7 (float32, 15.6 s) and 1.9e-12 (144 s) of an H100, of 2607.02194",
+    ),
+}
+
+
+def init(rng, widths):
+    layers = []
+    for inputs, outputs in pairwise(widths):
+        draw = lambda *shape, bound=inputs**-0.5: jnp.asarray(rng.uniform(-bound, bound, shape))
+        layers.append({"w": draw(inputs, outputs), "b": draw(outputs)})
+    return layers
+
+
+def network(equation, params, x):
+    x = equation.features(x)
+    for layer in params[:-1]:
+        x = jnp.tanh(x @ layer["w"] + layer["b"])
+    return (x @ params[-1]["w"] + params[-1]["b"])[0]
+
+
+def train(name, seed, seconds, dtype):
+    """Seconds, errors and losses after every step; and the seconds of compilation."""
+    equation, rng = EQUATIONS[name], np.random.default_rng(seed)
+    params = jax.tree.map(lambda p: p.astype(dtype), init(rng, equation.widths))
+    inside, edge = (jnp.asarray(points, dtype) for points in equation.points(rng))
+    batch = {"inside": inside, "edge": edge}
+    shares = [jnp.full(len(points), 1 / len(points), dtype) for points in (inside, edge)]
+    weights = jnp.concatenate(shares)  # the mean of each kind
+
+    def residuals(params, batch):
+        u = lambda x: network(equation, params, x)
+        of = lambda residual: jax.vmap(lambda x: residual(u, x))
+        return jnp.concatenate(
+            [of(equation.inside)(batch["inside"]), of(equation.edge)(batch["edge"])]
+        )
+
+    tx = fvp.natural_gradient(
+        1.0, residuals, HEAD, solver=equation.solver, line_search="loss", geodesic=True
+    )
+    targets = jnp.zeros_like(weights)
+
+    @jax.jit
+    def step(params, state):
+        operator = fvp.fisher(residuals, HEAD, params, batch, weights=weights)
+        value, gradient = operator.value_and_grad(targets)
+        data = {"batch": batch, "targets": targets, "weights": weights}
+        updates, state = tx.update(gradient, state, params, operator=operator, **data)
+        return optax.apply_updates(params, updates), state, value
+
+    evaluation = np.concatenate([equation.points(rng)[0] for _ in range(10)])  # 9,000 or more
+    evaluation = jnp.asarray(evaluation, dtype)
+    expected = jnp.asarray(equation.solution(evaluation))
+    scale = jnp.sqrt(jnp.mean(expected**2)) if equation.relative else 1.0
+
+    @jax.jit
+    def error(params):
+        u = jax.vmap(lambda x: network(equation, params, x))(evaluation)
+        return jnp.sqrt(jnp.mean((u - expected) ** 2)) / scale
+
+    state, start = tx.init(params), time.perf_counter()
+    compiled = step.lower(params, state).compile()
+    error(params).block_until_ready()
+    compilation, spent, curve = time.perf_counter() - start, 0.0, []
+    with tqdm(desc=f"{name}, seed {seed}", unit="step") as progress:
+        while spent < seconds:
+            start = time.perf_counter()
+            params, state, value = jax.block_until_ready(compiled(params, state))
+            spent += time.perf_counter() - start
+            curve.append((spent, float(error(params)), float(value)))
+            progress.set_postfix(error=f"{curve[-1][1]:.1e}", loss=f"{float(value):.1e}")
+            progress.update()
+    return curve, compilation
+
+
+def draw(runs, path):
+    names = list(dict.fromkeys(run["equation"] for run in runs))
+    figure, axes = plt.subplots(1, len(names), figsize=(4 * len(names), 3.5), squeeze=False)
+    for axis, name in zip(axes[0], names, strict=True):
+        for run in runs:
+            if run["equation"] == name:
+                spent, error, _ = np.transpose(run["curve"])
+                axis.loglog(spent, error, label=f"seed {run['seed']}")
+        axis.set(title=name, xlabel="seconds")
+        axis.grid(alpha=0.3)
+    axes[0, 0].set_ylabel("L2 error")
+    axes[0, 0].legend()
+    figure.tight_layout()
+    figure.savefig(path, dpi=150)
+
+
+def main():
+    parser = argparse.ArgumentParser(formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    parser.add_argument("equations", nargs="*", default=list(EQUATIONS), help="some of them")
+    parser.add_argument("--seconds", type=float, default=30, help="of training, for each seed")
+    parser.add_argument("--seeds", type=int, default=1)
+    parser.add_argument("--dtype", choices=["float64", "float32"], default="float64")
+    parser.add_argument("--output", type=Path, default=Path("out/pde.json"))
+    args = parser.parse_args()
+    jax.config.update("jax_enable_x64", args.dtype == "float64")
+    args.output.parent.mkdir(parents=True, exist_ok=True)
+    runs = []
+    for name in args.equations:
+        for seed in range(args.seeds):
+            curve, compilation = train(name, seed, args.seconds, args.dtype)
+            runs.append(
+                {"equation": name, "seed": seed, "compilation": compilation, "curve": curve}
+            )
+            args.output.write_text(json.dumps(runs))
+    print("| equation | compilation | steps | error, worst of the seeds | published |")
+    print("|---|---|---|---|---|")
+    for name in args.equations:
+        mine = [run for run in runs if run["equation"] == name]
+        compilation = np.median([run["compilation"] for run in mine])
+        steps = np.median([len(run["curve"]) for run in mine])
+        worst = max(run["curve"][-1][1] for run in mine)
+        published = EQUATIONS[name].published
+        print(f"| {name} | {compilation:.1f} s | {steps:.0f} | {worst:.1e} | {published} |")
+    draw(runs, args.output.with_suffix(".png"))
+
+
+if __name__ == "__main__":
+    main()
