@@ -82,6 +82,10 @@ def test_the_state_of_an_nnx_optimizer():
     grads = nnx.grad(lambda net: HEAD.nll(net(x), Y).mean())(net)
     optimizer.update(net, grads, batch=fvp.nnx.snapshot(net, x))
     assert fvp.diagnostics(optimizer.opt_state)["damping"] == 0.5
+    other = nnx.Optimizer(net, optax.adam(0.1), wrt=nnx.Param)
+    for state in (other, other.opt_state, nnx.state(other)):
+        with pytest.raises(ValueError, match="found none"):
+            fvp.diagnostics(state)
 
 
 def test_states_that_are_not_one_are_named():
@@ -90,5 +94,9 @@ def test_states_that_are_not_one_are_named():
     tx = fvp.scale_by_fisher(model_fn, HEAD, damping=0.5)
     with pytest.raises(ValueError, match="found several"):
         fvp.diagnostics((tx.init(W), tx.init(W)))
+    stacked = jax.vmap(tx.init)(jnp.stack([W, W]))
+    assert fvp.diagnostics(stacked)["step"].shape == (2,)
+    with pytest.raises(ValueError, match="got stacked ones"):
+        fvp.describe(stacked)
     with pytest.raises(ValueError, match="under jit take diagnostics"):
         jax.jit(lambda state: fvp.describe(state) and W)(tx.init(W))

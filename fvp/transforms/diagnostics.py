@@ -68,7 +68,8 @@ def describe(state: Any) -> str:
       state: as for `diagnostics`, with concrete arrays.
 
     Raises:
-      ValueError: as for `diagnostics`; and for traced arrays, which have no values to print.
+      ValueError: as for `diagnostics`; for traced arrays, which have no values to print; and for
+        the stacked states of several models.
 
     Examples:
       >>> import jax, jax.numpy as jnp, fvp
@@ -81,6 +82,8 @@ def describe(state: Any) -> str:
     numbers = diagnostics(state)
     if any(isinstance(value, Tracer) for value in numbers.values()):
         raise ValueError("state: expected concrete arrays to describe; under jit take diagnostics")
+    if numbers["step"].ndim:
+        raise ValueError("state: expected that of one model to describe, got stacked ones")
     value = {name: float(number) for name, number in numbers.items()}
     step = f"step {value['step']:.0f}: "
     if not value["step"]:
@@ -102,9 +105,10 @@ def describe(state: Any) -> str:
 def _found(state: Any) -> NaturalGradientState:
     """The one state of fvp in ``state``."""
     is_one = lambda x: isinstance(x, NaturalGradientState)
-    found = [x for x in jax.tree.leaves(state, is_leaf=is_one) if is_one(x)]
+    states = lambda tree: [x for x in jax.tree.leaves(tree, is_leaf=is_one) if is_one(x)]
+    found = states(state)
     if not found and type(state).__module__.startswith("flax."):
-        return _found(pure_state(state))
+        found = states(pure_state(state))
     if len(found) != 1:
         number = "several" if found else "none"
         raise ValueError(f"state: expected the state of one transformation of fvp, found {number}")
