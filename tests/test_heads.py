@@ -135,6 +135,46 @@ def test_probabilities_of_all_outcomes_sum_to_one(name):
     np.testing.assert_allclose(total, 1.0, rtol=1e-13)
 
 
+@every_case
+def test_relative_nll_is_the_nll_up_to_a_term_of_the_targets(case):
+    z, y, _, z_new = draw(case, (6,))
+    gaps = [case.head.nll(z, y) - case.head.relative_nll(z, y) for z in (z, z_new)]
+    np.testing.assert_allclose(*gaps, rtol=1e-12, atol=1e-12)
+
+
+HEADS_WITH_CONSTANTS = {
+    "gaussian": (fvp.Gaussian(scale=0.5), [[2e-9, 0.0]], [[0.0, 0.0]], 0.5 * 16e-18),
+    "student-t": (fvp.StudentT(df=3.0), [[1e-9]], [[0.0]], 2 / 3 * 1e-18),
+    "product": (
+        fvp.Product({"a": fvp.Gaussian(event_ndim=0)}, {"a": 4.0}),
+        {"a": [1e-9]},
+        {"a": [0.0]},
+        2e-18,
+    ),
+}
+
+
+@pytest.mark.parametrize("name", HEADS_WITH_CONSTANTS)
+def test_no_constant_hides_a_small_relative_nll(name):
+    head, z, y, expected = HEADS_WITH_CONSTANTS[name]
+    as_arrays = lambda tree: jax.tree.map(jnp.asarray, tree, is_leaf=lambda x: isinstance(x, list))
+    actual = head.relative_nll(as_arrays(z), as_arrays(y))
+    np.testing.assert_allclose(actual, [expected], rtol=1e-12)
+
+
+def test_a_head_with_a_new_nll_does_not_keep_the_relative_one_of_its_parent():
+    class Laplace(fvp.Gaussian):
+        def _nll(self, z, y):
+            return jnp.sum(jnp.abs(z - y) + jnp.log(2.0), axis=self.event_axes())
+
+    class Inherits(Laplace):
+        pass
+
+    for head in (Laplace(), Inherits()):
+        value = head.relative_nll(jnp.array([[3.0]]), jnp.array([[1.0]]))
+        np.testing.assert_allclose(value, 2 + np.log(2), rtol=1e-6)
+
+
 def test_gaussian_nll_equals_scipy():
     rng = np.random.default_rng(0)
     z, y = rng.normal(size=(2, 5, 3))

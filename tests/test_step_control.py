@@ -14,6 +14,7 @@ from sklearn.datasets import load_diabetes
 import fvp
 from fvp.control import Outcome, Step
 from fvp.control.line_search import halving_search
+from fvp.control.searched import SearchedDamping
 from fvp.solvers.budget import Budget
 
 COMPILE_QUICKLY = True
@@ -519,6 +520,45 @@ def test_classical_rule_keeps_damping_between_bounds(damping, error):
     outcome = Outcome(jnp.asarray(error), jnp.asarray(0.0), rejected)
     after = fvp.ReductionRatio().correct(jnp.asarray(damping), step, outcome, ~rejected)
     assert after == damping
+
+
+# Damping by what a search leaves of exact steps ---------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("before", "part", "accepted", "after"),
+    [
+        (0.0, 1.0, True, 0.0),  # nothing was needed
+        (0.0, 1 / 16, True, 0.0),
+        (0.0, 1 / 64, True, -1.0),  # to be chosen by the next step
+        (0.0, 1.0, False, -1.0),
+        (3.0, 1 / 64, True, 90.0),
+        (3.0, 1.0, False, 90.0),
+        (3.0, 1 / 32, True, 3.0),
+        (3.0, 1 / 16, True, 3.0),
+        (3.0, 1 / 8, True, 0.1),
+        (3.0, 1.0, True, 0.1),
+    ],
+)
+def test_searched_damping_follows_the_part_of_a_step_that_is_left(before, part, accepted, after):
+    numbers = [jnp.asarray(x) for x in (2.0, 2.0, 0.0, 0.5 * part, max(before, 1e-9), part)]
+    step = Step(*numbers)
+    outcome = Outcome(jnp.asarray(0.0), jnp.asarray(0.0), jnp.asarray(not accepted))
+    rule = SearchedDamping()
+    state = rule.correct(jnp.float32(before), step, outcome, jnp.asarray(accepted))
+    np.testing.assert_allclose(state, after, rtol=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("state", "curvature", "damping"),
+    [(0.0, 5.0, 0.0), (0.3, 5.0, 0.3), (-1.0, 5.0, 5e-3), (-1.0, 0.0, 2.0**-28)],
+)
+def test_searched_damping_starts_from_the_curvature_along_the_gradient(state, curvature, damping):
+    rayleigh = lambda: jnp.asarray(curvature)
+    norm = jnp.asarray(4.0)
+    observation = fvp.Observation(jnp.int32(0), None, norm, None, rayleigh)
+    kept, proposed = SearchedDamping().propose(jnp.float32(state), observation)
+    np.testing.assert_allclose([kept, proposed], damping, rtol=1e-6)
 
 
 # Bounds in KL ------------------------------------------------------------------------------------

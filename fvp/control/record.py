@@ -19,6 +19,7 @@ class Step(NamedTuple):
     damping_term: Array  # damping * d . d
     length: Array  # the multiple of d that is tried
     damping: Any = 0.0
+    part: Any = 1.0  # of the learning rate that bounds and searches left of the length
 
     @property
     def reduction(self) -> Array:

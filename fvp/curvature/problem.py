@@ -135,8 +135,8 @@ class Problem(Record):
         return sum_over(total, self.axis_name) / self.total_weight(z)
 
     def loss(self, z: Array) -> Array:
-        """The loss L at the outputs ``z``."""
-        return self.weighted(self.head.nll(self._masked(z), self.targets), z)
+        """The loss L at the outputs ``z``, up to a term of the targets alone."""
+        return self.weighted(self.head.relative_nll(self._masked(z), self.targets), z)
 
     def kl(self, z: Array, z_new: Array) -> Array:
         """sum_i w_i KL(r(z_i) to r(z_new_i)) / sum_i w_i."""

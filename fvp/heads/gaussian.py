@@ -82,15 +82,18 @@ class Gaussian(NaturalHead):
     def _scale(self, dtype: DTypeLike) -> Array:
         return jnp.asarray(self.scale, dtype)
 
-    def _nll(self, z: Array, y: Array) -> Array:
+    def _relative_nll(self, z: Array, y: Array) -> Array:
         whitened = self._sqrt_fisher_transpose(z, z - y.astype(z.dtype))
+        return 0.5 * jnp.sum(whitened * whitened, axis=self.event_axes())
+
+    def _nll(self, z: Array, y: Array) -> Array:
         event = z.shape[z.ndim - self.event_ndim :]
         if self.precision is not None:
             log_scale = -jnp.sum(jnp.log(jnp.diagonal(self._root(z.dtype))))
         else:
             log_scale = jnp.sum(jnp.broadcast_to(jnp.log(self._scale(z.dtype)), event))
         constant = log_scale + 0.5 * math.log(2 * math.pi) * math.prod(event)
-        return 0.5 * jnp.sum(whitened * whitened, axis=self.event_axes()) + constant
+        return self._relative_nll(z, y) + constant
 
     def _mean(self, z: Array) -> Array:
         return z

@@ -80,11 +80,18 @@ class Head(Record, abc.ABC):
                 f"{cls.__name__}: {sorted(new)[0]} is new, but _fisher_root that of another head;"
                 " define it as well."
             )
+        if "_nll" in vars(cls) and "_relative_nll" not in vars(cls):
+            cls._relative_nll = Head._relative_nll
 
     def nll(self, z: Float[Array, "*z"], y: ArrayLike) -> Float[Array, "*batch"]:
         """-log r(y given z), normalising constants included; shape = batch axes."""
         y = self.check_targets(z, y)
         return self._nll(widen_tree(z), y).astype(_dtype(z))
+
+    def relative_nll(self, z: Float[Array, "*z"], y: ArrayLike) -> Float[Array, "*batch"]:
+        """`nll` up to a term of ``y`` alone, beside which small changes would lose their digits."""
+        y = self.check_targets(z, y)
+        return self._relative_nll(widen_tree(z), y).astype(_dtype(z))
 
     def mean(self, z: Float[Array, "*z"]) -> Float[Array, "*z"]:
         """E[y given z]; the shape of targets, of ``z`` for Softmax."""
@@ -230,6 +237,10 @@ class Head(Record, abc.ABC):
 
     @abc.abstractmethod
     def _kl(self, z: Array, z_new: Array) -> Array: ...
+
+    def _relative_nll(self, z: Array, y: Array) -> Array:
+        """See `relative_nll`; a head with normalising constants overrides it."""
+        return self._nll(z, y)
 
     def _fisher_root(self, z: Array) -> Root:
         """See `fisher_root`; a head with fewer columns or a known score overrides it."""

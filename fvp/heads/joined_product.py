@@ -51,6 +51,9 @@ class JoinedProduct(Head):
     def _nll(self, z: Array, y: Any) -> Array:
         return self.product._nll(self.layout.split(z), y)
 
+    def _relative_nll(self, z: Array, y: Any) -> Array:
+        return self.product._relative_nll(self.layout.split(z), y)
+
     def _mean(self, z: Array) -> Any:
         return self.product._mean(self.layout.split(z))
 

@@ -46,9 +46,12 @@ class LearnedScaleGaussian(Head):
                 f" {z.shape}, got {y.shape}."
             )
 
-    def _nll(self, z: Array, y: Array) -> Array:
+    def _relative_nll(self, z: Array, y: Array) -> Array:
         r = _residual(z, y)
-        return 0.5 * r * r + z[..., 1] + 0.5 * math.log(2 * math.pi)
+        return 0.5 * r * r + z[..., 1]
+
+    def _nll(self, z: Array, y: Array) -> Array:
+        return self._relative_nll(z, y) + 0.5 * math.log(2 * math.pi)
 
     def _mean(self, z: Array) -> Array:
         return z[..., 0]

@@ -65,11 +65,14 @@ class Multinomial(NaturalHead):
     def _total(self, z: Array) -> Array:
         return jnp.asarray(self.total, z.dtype)
 
+    def _relative_nll(self, z: Array, y: Array) -> Array:
+        return _ONE_DRAW._nll(z, y.astype(z.dtype))
+
     def _nll(self, z: Array, y: Array) -> Array:
         y = y.astype(z.dtype)
         log_factorial = lambda n: jax.scipy.special.gammaln(n + 1)
         coefficient = log_factorial(jnp.sum(y, axis=-1)) - jnp.sum(log_factorial(y), axis=-1)
-        return _ONE_DRAW._nll(z, y) - coefficient
+        return self._relative_nll(z, y) - coefficient
 
     def _mean(self, z: Array) -> Array:
         return self._total(z) * _ONE_DRAW._mean(z)

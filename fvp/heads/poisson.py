@@ -47,10 +47,12 @@ class Poisson(NaturalHead):
     def __post_init__(self) -> None:
         check_event_ndim(self.event_ndim)
 
+    def _relative_nll(self, z: Array, y: Array) -> Array:
+        return jnp.sum(_rate(z) - y.astype(z.dtype) * z, axis=self.event_axes())
+
     def _nll(self, z: Array, y: Array) -> Array:
-        y = y.astype(z.dtype)
-        terms = _rate(z) - y * z + jax.scipy.special.gammaln(y + 1)
-        return jnp.sum(terms, axis=self.event_axes())
+        log_factorial = jax.scipy.special.gammaln(y.astype(z.dtype) + 1)
+        return self._relative_nll(z, y) + jnp.sum(log_factorial, axis=self.event_axes())
 
     def _mean(self, z: Array) -> Array:
         return _rate(z)

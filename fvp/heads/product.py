@@ -130,6 +130,9 @@ class Product(Head):
     def _nll(self, z: Any, y: Any) -> Array:
         return self._total(self._each(lambda head, z, y: head._nll(z, y), z, y))
 
+    def _relative_nll(self, z: Any, y: Any) -> Array:
+        return self._total(self._each(lambda head, z, y: head._relative_nll(z, y), z, y))
+
     def _mean(self, z: Any) -> Any:
         return self._each(lambda head, z: head._mean(z), z)
 

@@ -60,11 +60,16 @@ class StudentT(Head):
         """Degrees of freedom and scale in the dtype of ``z``."""
         return jnp.asarray(self.df, z.dtype), jnp.asarray(self.scale, z.dtype)
 
-    def _nll(self, z: Array, y: Array) -> Array:
+    def _relative_nll(self, z: Array, y: Array) -> Array:
         df, scale = self._fields(z)
         r = (y.astype(z.dtype) - z) / scale
+        return jnp.sum((df + 1) / 2 * jnp.log1p(r * r / df), axis=self.event_axes())
+
+    def _nll(self, z: Array, y: Array) -> Array:
+        df, scale = self._fields(z)
         constant = jnp.log(scale) + 0.5 * jnp.log(math.pi * df) - _log_gamma_ratio(df / 2)
-        return jnp.sum((df + 1) / 2 * jnp.log1p(r * r / df) + constant, axis=self.event_axes())
+        constants = jnp.broadcast_to(constant, z.shape)
+        return self._relative_nll(z, y) + jnp.sum(constants, axis=self.event_axes())
 
     def _mean(self, z: Array) -> Array:
         return z

@@ -26,6 +26,7 @@ from fvp.typing import PyTree
 # docs/decisions/solvers.md
 _MOST_ROWS = 4096
 _MOST_PARAMETERS = 1024
+_MOST_EXACT = 8192
 
 
 @dataclasses.dataclass(frozen=True)
@@ -38,17 +39,23 @@ class Auto(DampedSolver):
 
     Args:
       cg: the solver where neither matrix is small.
+      exact: for steps that may go without damping, which ``cg`` can't take: both limits are 8192.
     """
 
     direct: ClassVar[bool] = True
     takes_diagonal: ClassVar[bool] = True
 
     cg: CG = dataclasses.field(default_factory=CG)
+    exact: bool = False
 
     @property
     def warm_start(self) -> bool:  # pyright: ignore[reportIncompatibleVariableOverride]
         """That of conjugate gradients."""
         return self.cg.warm_start
+
+    def without_damping(self) -> Auto:
+        """With a matrix as long as it fits into memory."""
+        return dataclasses.replace(self, exact=True)
 
     def init(self, setting: Setting) -> CGState:
         """The state of conjugate gradients: which solver it is depends on the batch."""
@@ -71,11 +78,13 @@ class Auto(DampedSolver):
         """The solver for these shapes."""
         if operator.axis_name is not None:
             return self.cg
+        most_rows = _MOST_EXACT if self.exact else _MOST_ROWS
+        most_parameters = _MOST_EXACT if self.exact else _MOST_PARAMETERS
         parameters = sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(operator.like))
         if operator.problem is not None:
             if row_axes(operator.linearized.output) is not None:
                 return self.cg
             rows = operator.linearized.output.size
-            if rows <= _MOST_ROWS and rows < parameters and no_dual(operator) is None:
+            if rows <= most_rows and rows < parameters and no_dual(operator) is None:
                 return Dual()
-        return Dense() if parameters <= _MOST_PARAMETERS else self.cg
+        return Dense() if parameters <= most_parameters else self.cg

@@ -192,6 +192,10 @@ class DampedSolver(abc.ABC):
     #: Whether it starts from 0.95 times the last solution where there is no momentum.
     warm_start: bool = False
 
+    def without_damping(self) -> DampedSolver:
+        """The solver to take where steps may go without damping: itself, unless it has a choice."""
+        return self
+
     def init(self, setting: Setting) -> PyTree:
         """What is kept between steps, before the first."""
         del setting

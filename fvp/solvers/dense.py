@@ -28,6 +28,8 @@ from fvp.typing import Params, PyTree
 # Least damping of an exact solve over the norm of the gradient: below, where the curvature vanishes
 # in float32, the squared norm of the solution would overflow; docs/decisions/solvers.md
 _LEAST = 2.0**-60
+# Least damping with targets, over eps trace(F): a factorisation's own rounding.
+ROUNDING = 8.0  # docs/decisions/solvers.md
 _REFINEMENTS = 3  # each takes the rounding back to a hundredth; docs/decisions/solvers.md
 
 
@@ -37,8 +39,8 @@ class Dense(DampedSolver):
 
     Damping and l2 are at least sqrt(eps) trace(F): below that a right-hand side's rounding outside
     the range of F would be blown up. With targets, in float32 or wider, it is taken back, by steps
-    of refinement whose residual is that of the outputs, and only eps P trace(F) is needed, the
-    bound of a numerical rank.
+    of refinement whose residual is that of the outputs, and only 8 eps trace(F) is needed, the
+    rounding of the factorisation itself.
     """
 
     direct: ClassVar[bool] = True
@@ -54,7 +56,7 @@ class Dense(DampedSolver):
         narrow = any(leaf.dtype != wide_dtype(leaf.dtype) for leaf in leaves)
         if narrow or damped.operator.linearized.jacobian is None:
             targets = None
-        level = eps**0.5 if targets is None else eps * len(matrix)
+        level = eps**0.5 if targets is None else ROUNDING * eps
         damped, total = above_rounding(damped, matrix, level, moment.norm)
         return DenseSystem(damped, SemidefiniteFactor.of(matrix, total), total, targets), state
 

@@ -23,6 +23,7 @@ class Length(NamedTuple):
     """How far along a direction d; scalars."""
 
     length: Array  # the multiple of d
+    part: Array  # of the learning rate that is left
     predicted_kl: Array  # 1/2 s^T F s of the step s
     stuck: Array  # bool: no length is within the bound on the divergence
     loss: Array | None  # after the step, where a search knows it
@@ -48,7 +49,7 @@ def choose_length(
     """From the learning rate ``rate``: shortened by the bound, then by the search."""
     # A curvature is never below zero, but by rounding.
     predicted = jnp.maximum(0.5 * jnp.square(rate) * direction.curvature, 0)
-    length, stuck, loss = rate, jnp.array(False), None
+    length, part, stuck, loss = rate, jnp.ones(()), jnp.array(False), None
     limit = options.max_kl
     if limit is None and options.rule.adapts and not objective.data.has_loss:
         limit = UNTRIED_KL
@@ -58,11 +59,11 @@ def choose_length(
             exact = lambda a, length=length: objective.divergence(moves(a * length))
         shrink = length_within_kl(predicted, limit, exact, constant=options.constant_kl)
         stuck = shrink == 0
-        length, predicted = shrink * length, jnp.square(shrink) * predicted
+        length, part, predicted = shrink * length, shrink * part, jnp.square(shrink) * predicted
     if options.line_search == "loss":
         shrink, loss = objective.search_loss(lambda a, length=length: moves(a * length))
-        length, predicted = shrink * length, jnp.square(shrink) * predicted
+        length, part, predicted = shrink * length, shrink * part, jnp.square(shrink) * predicted
     elif options.line_search == "outputs":
         shrink = objective.search_outputs(direction.path.direction, length)
-        length, predicted = shrink * length, jnp.square(shrink) * predicted
-    return Length(jnp.asarray(length), predicted, stuck, loss)
+        length, part, predicted = shrink * length, shrink * part, jnp.square(shrink) * predicted
+    return Length(jnp.asarray(length), part, predicted, stuck, loss)

@@ -9,7 +9,7 @@ import optax
 from jax import Array
 from jax.typing import ArrayLike
 
-from fvp.control import DampingRule, LevenbergMarquardt, NoDamping
+from fvp.control import DampingRule, LevenbergMarquardt, SearchedDamping
 from fvp.curvature import OutputCurvature
 from fvp.heads import Head
 from fvp.mesh import AxisName
@@ -88,16 +88,16 @@ def scale_by_fisher(
         which no step is tried and nothing adapts: too small a number can diverge; or a
         `fvp.DampingRule` such as `fvp.LevenbergMarquardt`, which adapts it and
         rejects bad steps. None, the default, takes the latter until the noise of the batches
-        leads (see below), but 0 with an exact solver and ``line_search="loss"``, where the search
-        alone controls the step.
+        leads (see below). With an exact solver and ``line_search="loss"`` it is 0 as long as the
+        search leaves 1/32 of a step, and else follows how much that is.
       curvature: "fisher", "ggn" or "empirical", or a subclass of `fvp.OutputCurvature`.
       solver: "cg"; "dual", an exact solve in the space of examples x outputs
         (`fvp.solve_dual`; pass ``targets=`` to keep its digits at tiny damping); "dense", an
         exact solve with the (P, P) matrix; or "auto", which takes "dual" where examples x outputs
         are at most 4096 and fewer than the parameters, "dense" where the parameters are at most
-        1024, and else "cg". The exact ones keep the damping above rounding: sqrt(eps)
-        trace(F), or with ``targets=`` eps trace(F) for each row of what they factorise. Strings are
-        short names of the objects `fvp.CG`, `fvp.Dual`, `fvp.Dense` and
+        1024, and else "cg"; both limits are 8192 where steps may go without damping. The exact
+        ones keep the damping above rounding: sqrt(eps) trace(F), or with ``targets=`` 8 eps
+        trace(F). Strings are short names of the objects `fvp.CG`, `fvp.Dual`, `fvp.Dense` and
         `fvp.Auto`; any other `fvp.DampedSolver` serves as well.
       maxiter: most CG iterations. None is 11; with adaptive damping, up to ten times as many while
         steps make little progress, gradients agree and CG ends at the limit.
@@ -208,16 +208,16 @@ def natural_gradient(
         which no step is tried and nothing adapts: too small a number can diverge; or a
         `fvp.DampingRule` such as `fvp.LevenbergMarquardt`, which adapts it and
         rejects bad steps. None, the default, takes the latter until the noise of the batches
-        leads (see below), but 0 with an exact solver and ``line_search="loss"``, where the search
-        alone controls the step.
+        leads (see below). With an exact solver and ``line_search="loss"`` it is 0 as long as the
+        search leaves 1/32 of a step, and else follows how much that is.
       curvature: "fisher", "ggn" or "empirical", or a subclass of `fvp.OutputCurvature`.
       solver: "cg"; "dual", an exact solve in the space of examples x outputs
         (`fvp.solve_dual`; pass ``targets=`` to keep its digits at tiny damping); "dense", an
         exact solve with the (P, P) matrix; or "auto", which takes "dual" where examples x outputs
         are at most 4096 and fewer than the parameters, "dense" where the parameters are at most
-        1024, and else "cg". The exact ones keep the damping above rounding: sqrt(eps)
-        trace(F), or with ``targets=`` eps trace(F) for each row of what they factorise. Strings are
-        short names of the objects `fvp.CG`, `fvp.Dual`, `fvp.Dense` and
+        1024, and else "cg"; both limits are 8192 where steps may go without damping. The exact
+        ones keep the damping above rounding: sqrt(eps) trace(F), or with ``targets=`` 8 eps
+        trace(F). Strings are short names of the objects `fvp.CG`, `fvp.Dual`, `fvp.Dense` and
         `fvp.Auto`; any other `fvp.DampedSolver` serves as well.
       maxiter: most CG iterations. None is 11; with adaptive damping, up to ten times as many while
         steps make little progress, gradients agree and CG ends at the limit.
@@ -296,8 +296,9 @@ def _transform(
 ) -> optax.GradientTransformationExtraArgs:
     """Both transformations: the step is the direction itself, or -learning_rate times it."""
     check_order(name, learning_rate, model_fn, head)
-    undamped = options["line_search"] == "loss" and options["solver"].direct
-    rule = NoDamping() if undamped else LevenbergMarquardt()
+    rule, searched = LevenbergMarquardt(), options["line_search"] == "loss"
+    if options["damping"] is None and searched and options["solver"].direct:
+        rule, options["solver"] = SearchedDamping(), options["solver"].without_damping()
     return build_transform(
         checked_options(learning_rate, model_fn, head, default_rule=rule, **options)
     )

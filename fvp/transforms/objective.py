@@ -64,7 +64,7 @@ class Objective:
         return dataclasses.replace(self, before=before)
 
     def nll(self, z: Array) -> Array:
-        """The head's mean nll of the outputs ``z``."""
+        """The head's mean nll of the outputs ``z``, up to a term of the targets alone."""
         assert self.problem is not None
         return self.problem.loss(z)
 

@@ -118,6 +118,7 @@ def _attempt(
         damping_term=direction.damping_term,
         length=length.length,
         damping=system.damped.damping,
+        part=length.part,
     )
     outcome = _try(options, objective, record, length, moves)
     # Where no length is short enough, or the solve was lost, the step failed like any other:
