@@ -15,7 +15,7 @@ from fvp.typing import Params
 
 # Where these numbers come from: docs/decisions/steps.md
 _CHANGE = 30.0  # of the damping, up or down
-_SHORT, _LONG = 1 / 32, 1 / 8  # parts of a step below which damping grows, from which it falls
+_SHORT, _LONG = 1 / 8, 1 / 4  # parts of a step below which damping grows, from which it falls
 _FIRST = 1e-3  # first damping over the curvature along the gradient
 _LEAST = 2.0**-30  # the same over the norm of the gradient, where F all but vanishes
 _UNKNOWN = -1.0  # the damping that the next step has to choose first
@@ -27,8 +27,8 @@ class SearchedDamping(DampingRule):
 
     An undamped step is exact where the model is linear, and the fastest near the minimum. Far from
     it the smallest eigenvalues make it so long that the search leaves next to nothing of it, and
-    training stands still: where less than 1/32 is left, damping starts at 1e-3 of the curvature
-    along the gradient, and grows 30 times after each such step. It falls 30 times where 1/8 or more
+    training stands still: where less than 1/8 is left, damping starts at 1e-3 of the curvature
+    along the gradient, and grows 30 times after each such step. It falls 30 times where 1/4 or more
     is left, down to what the solver's rounding needs.
 
     The state is the damping, float32: 0 while none was needed.
