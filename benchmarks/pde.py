@@ -213,8 +213,8 @@ def train(name, seed, seconds, dtype):
         kinds["edge"] = equation.edge
 
     def draw():
-        points = dict(zip(("inside", "edge"), equation.points(rng), strict=True))
-        return {name: jnp.asarray(points[name], dtype) for name in kinds}
+        inside, edge = (jnp.asarray(points, dtype) for points in equation.points(rng))
+        return {"inside": inside, "edge": edge} if "edge" in kinds else {"inside": inside}
 
     batch = draw()
     shares = [jnp.full(len(points), 1 / len(points), dtype) for points in batch.values()]
