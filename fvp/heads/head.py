@@ -37,7 +37,8 @@ class Head(Record, abc.ABC):
     A new head implements the abstract methods, which see ``z`` in the computing dtype, and ``y`` as
     it came. Where z is the natural parameter, derive from `NaturalHead`, which states that
     the Hessian of the nll is the Fisher; otherwise ``_hessian`` is its own. Targets that are not
-    shaped like ``z`` override ``_check_targets``.
+    shaped like ``z`` override ``_check_targets``; a nll with normalising constants may give
+    ``_relative_nll`` without them, on which steps are tried.
 
     Examples:
       >>> import dataclasses, jax, jax.numpy as jnp, fvp
