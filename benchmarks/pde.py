@@ -173,7 +173,7 @@ EQUATIONS = {
         features=on_torus,
         relative=True,
         anew=True,
-        published="1.3e-6 after 103 s, a public JAX code on a like CPU, maybe of another source term",
+        published="1.3e-6 after 103 s, a public JAX code on a like CPU",
     ),
     "burgers": Equation(
         inside=burgers_residual,
