@@ -548,6 +548,17 @@ def test_searched_damping_follows_the_part_of_a_step_that_is_left(before, part, 
     np.testing.assert_allclose(state, after, rtol=1e-6)
 
 
+def test_searched_damping_stops_growing_where_it_makes_gradient_steps():
+    """At rounding no step is accepted any more; a new batch must not find damping without bound."""
+    rejected = Outcome(jnp.asarray(0.5), jnp.asarray(0.0), jnp.asarray(True))
+    for damping_term, after in ((100.0, 90.0), (4000.0, 3.0), (jnp.nan, 90.0)):
+        numbers = [jnp.asarray(x) for x in (2.0, 2.0, damping_term, 1e-30, 3.0, 1e-30)]
+        state = SearchedDamping().correct(
+            jnp.float32(3), Step(*numbers), rejected, jnp.asarray(False)
+        )
+        np.testing.assert_allclose(state, after, rtol=1e-6)
+
+
 @pytest.mark.parametrize(
     ("state", "curvature", "damping"),
     [(0.0, 5.0, 0.0), (0.3, 5.0, 0.3), (-1.0, 5.0, 5e-3), (-1.0, 0.0, 2.0**-28)],
