@@ -14,7 +14,7 @@ import argparse
 import json
 import math
 import pathlib
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
 import jax
@@ -180,8 +180,8 @@ def measure(
     return row
 
 
-def run(arguments: argparse.Namespace) -> list[dict[str, Any]]:
-    """All programs over all device counts, weak and strong."""
+def run(arguments: argparse.Namespace) -> Iterator[dict[str, Any]]:
+    """All programs over all device counts, weak and strong, as they are measured."""
     preset = PRESETS[arguments.preset]
     devices = jax.devices()
     counts = [n for n in (2**k for k in range(20)) if n <= len(devices)]
@@ -193,7 +193,6 @@ def run(arguments: argparse.Namespace) -> list[dict[str, Any]]:
         for name in suite
         if mode == "weak" or 8 * preset.sequences % n == 0
     ]
-    rows: list[dict[str, Any]] = []
     done: dict[tuple[int, int, str], dict[str, Any]] = {}
     for mode, n, name in tqdm(cases, desc=arguments.preset, unit="program"):
         mesh = Mesh(np.array(devices[:n]), ("data",))
@@ -202,7 +201,7 @@ def run(arguments: argparse.Namespace) -> list[dict[str, Any]]:
         rows_sharding = NamedSharding(mesh, PartitionSpec("data"))
         sequences = preset.sequences * (n if mode == "weak" else 8)
         if (n, sequences, name) in done:  # where weak and strong scaling meet
-            rows.append({"mode": mode, **done[n, sequences, name]})
+            yield {"mode": mode, **done[n, sequences, name]}
             continue
         tokens_shape = (sequences, preset.tokens)
         if arguments.analyse:
@@ -218,8 +217,7 @@ def run(arguments: argparse.Namespace) -> list[dict[str, Any]]:
         row = measure(name, suite[name], data, layout, n, repeats)
         row["parameter_bytes"] = sum(4 * math.prod(s.shape) for s in jax.tree.leaves(shapes))
         done[n, sequences, name] = row
-        rows.append({"mode": mode, **row})
-    return rows
+        yield {"mode": mode, **row}
 
 
 def report(rows: list[dict[str, Any]]) -> None:
@@ -298,11 +296,13 @@ def main() -> None:
     forced = arguments.cpu_devices or (8 if arguments.preset == "laptop" else None)
     if forced:
         jax.config.update("jax_num_cpu_devices", forced)
-    rows = run(arguments)
-    report(rows)
     arguments.output.mkdir(parents=True, exist_ok=True)
     stem = arguments.output / f"scaling_{arguments.preset}_{arguments.layout}"
-    stem.with_suffix(".json").write_text(json.dumps(rows, indent=1))
+    rows = []
+    for row in run(arguments):
+        rows.append(row)
+        stem.with_suffix(".json").write_text(json.dumps(rows, indent=1))
+    report(rows)
     plot(rows, stem.with_suffix(".png"))
     print(f"saved {stem.with_suffix('.json')} and {stem.with_suffix('.png')}")
 
