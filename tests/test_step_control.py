@@ -529,13 +529,13 @@ def test_classical_rule_keeps_damping_between_bounds(damping, error):
     ("before", "part", "accepted", "after"),
     [
         (0.0, 1.0, True, 0.0),  # nothing was needed
-        (0.0, 1 / 8, True, 0.0),
-        (0.0, 1 / 16, True, -1.0),  # to be chosen by the next step
+        (0.0, 1 / 16, True, 0.0),
+        (0.0, 1 / 32, True, -1.0),  # to be chosen by the next step
         (0.0, 1.0, False, -1.0),
-        (3.0, 1 / 16, True, 90.0),
+        (3.0, 1 / 32, True, 90.0),
         (3.0, 1.0, False, 90.0),
-        (3.0, 1 / 8, True, 3.0),
-        (3.0, 1 / 4, True, 0.1),
+        (3.0, 1 / 16, True, 3.0),
+        (3.0, 1 / 8, True, 0.1),
         (3.0, 1.0, True, 0.1),
     ],
 )

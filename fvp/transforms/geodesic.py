@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import jax
+import jax.numpy as jnp
+from jax import Array
 
 from fvp.numerics import cast_like, tree_is_finite, tree_norm, tree_where, tree_zeros_like
 from fvp.solvers import DampedSystem
@@ -10,6 +14,17 @@ from fvp.typing import Params
 
 # Of the correction against the direction; docs/decisions/steps.md
 _LONGEST = 0.75
+
+
+def trusted_part(direction: Params, correction: Params, length: Any) -> Array:
+    """The part of ``length`` s that keeps |s c| within 3/4 of |d|: beyond, nothing is known.
+
+    Without this bound a first step may end where the model is flat, at a loss that is lower and
+    never falls again.
+    """
+    bend = jnp.abs(length) * tree_norm(correction)
+    longest = _LONGEST * tree_norm(direction)
+    return jnp.where(bend > longest, longest / jnp.where(bend > longest, bend, 1), 1)
 
 
 def geodesic_correction(system: DampedSystem, direction: Params, *, searched: bool) -> Params:

@@ -12,6 +12,7 @@ from jax import Array
 
 from fvp.control.trust_region import length_within_kl
 from fvp.transforms.direction import Direction, Path
+from fvp.transforms.geodesic import trusted_part
 from fvp.transforms.objective import Objective
 from fvp.transforms.options import Options
 from fvp.typing import Params
@@ -59,6 +60,9 @@ def choose_length(
             exact = lambda a, length=length: objective.divergence(moves(a * length))
         shrink = length_within_kl(predicted, limit, exact, constant=options.constant_kl)
         stuck = shrink == 0
+        length, part, predicted = shrink * length, shrink * part, jnp.square(shrink) * predicted
+    if options.line_search == "loss" and direction.path.correction is not None:
+        shrink = trusted_part(direction.path.direction, direction.path.correction, length)
         length, part, predicted = shrink * length, shrink * part, jnp.square(shrink) * predicted
     if options.line_search == "loss":
         shrink, loss = objective.search_loss(lambda a, length=length: moves(a * length))

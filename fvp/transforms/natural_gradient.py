@@ -89,7 +89,7 @@ def scale_by_fisher(
         `fvp.DampingRule` such as `fvp.LevenbergMarquardt`, which adapts it and
         rejects bad steps. None, the default, takes the latter until the noise of the batches
         leads (see below). With an exact solver and ``line_search="loss"`` it is 0 as long as the
-        search leaves 1/8 of a step, and else follows how much that is.
+        search leaves 1/16 of a step, and else follows how much that is.
       curvature: "fisher", "ggn" or "empirical", or a subclass of `fvp.OutputCurvature`.
       solver: "cg"; "dual", an exact solve in the space of examples x outputs
         (`fvp.solve_dual`; pass ``targets=`` to keep its digits at tiny damping); "dense", an
@@ -209,7 +209,7 @@ def natural_gradient(
         `fvp.DampingRule` such as `fvp.LevenbergMarquardt`, which adapts it and
         rejects bad steps. None, the default, takes the latter until the noise of the batches
         leads (see below). With an exact solver and ``line_search="loss"`` it is 0 as long as the
-        search leaves 1/8 of a step, and else follows how much that is.
+        search leaves 1/16 of a step, and else follows how much that is.
       curvature: "fisher", "ggn" or "empirical", or a subclass of `fvp.OutputCurvature`.
       solver: "cg"; "dual", an exact solve in the space of examples x outputs
         (`fvp.solve_dual`; pass ``targets=`` to keep its digits at tiny damping); "dense", an
