@@ -163,14 +163,20 @@ def test_no_constant_hides_a_small_relative_nll(name):
 
 
 def test_a_head_with_a_new_nll_does_not_keep_the_relative_one_of_its_parent():
-    class Laplace(fvp.Gaussian):
+    class Absolute:
         def _nll(self, z, y):
             return jnp.sum(jnp.abs(z - y) + jnp.log(2.0), axis=self.event_axes())
+
+    class Laplace(fvp.Gaussian):
+        _nll = Absolute._nll
 
     class Inherits(Laplace):
         pass
 
-    for head in (Laplace(), Inherits()):
+    class Mixed(Absolute, fvp.Gaussian):
+        pass
+
+    for head in (Laplace(), Inherits(), Mixed()):
         value = head.relative_nll(jnp.array([[3.0]]), jnp.array([[1.0]]))
         np.testing.assert_allclose(value, 2 + np.log(2), rtol=1e-6)
 

@@ -81,7 +81,8 @@ class Head(Record, abc.ABC):
                 f"{cls.__name__}: {sorted(new)[0]} is new, but _fisher_root that of another head;"
                 " define it as well."
             )
-        if "_nll" in vars(cls) and "_relative_nll" not in vars(cls):
+        place = lambda name: next(i for i, c in enumerate(cls.__mro__) if name in vars(c))
+        if place("_nll") < place("_relative_nll"):  # the latter is that of another nll
             cls._relative_nll = Head._relative_nll
 
     def nll(self, z: Float[Array, "*z"], y: ArrayLike) -> Float[Array, "*batch"]:

@@ -32,7 +32,7 @@ def geodesic_correction(system: DampedSystem, direction: Params, *, searched: bo
 
     c = (F + Lambda)^-1 J^T H_L z'' with z'' the second derivative of the outputs along d, from one
     JVP of a JVP. Zeros where c is not finite, and unless the length s is ``searched`` by the loss,
-    where it is longer than 3/4 of d.
+    from `trusted_part` down, where it is longer than 3/4 of d.
 
     Reference:
       M. Transtrum, J. Sethna, Improvements to the Levenberg-Marquardt algorithm for nonlinear
