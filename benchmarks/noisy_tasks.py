@@ -17,7 +17,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import tasks
-from sklearn.datasets import load_digits
+from sklearn.datasets import load_breast_cancer, load_diabetes, load_digits
 from tasks import init_mlp, mlp
 
 import fvp
@@ -225,6 +225,76 @@ def digits(batch_size: int) -> NoisyTask:
     return NoisyTask(task.model_fn, fvp.Softmax(), task.init, x, y, batch_size, 1000)
 
 
+def counts() -> NoisyTask:
+    """Counts whose logarithmic rate is a network of eight numbers."""
+    rng = np.random.default_rng(0)
+    x = rng.normal(size=(4000, 8))
+    rate = np.tanh(x @ rng.normal(size=(8, 16))) @ rng.normal(size=(16, 1)) / 2
+    init = functools.partial(init_mlp, (8, 48, 48, 1))
+    return NoisyTask(mlp, fvp.Poisson(), init, x, rng.poisson(np.exp(rate)), 32, 2000)
+
+
+def tumours() -> NoisyTask:
+    """Logistic regression of breast cancer, in batches of eight."""
+    x, y = map(np.asarray, load_breast_cancer(return_X_y=True))
+    x = (x - x.mean(0)) / x.std(0)
+    init = functools.partial(init_mlp, (30, 1))
+    return NoisyTask(mlp, fvp.Sigmoid(), init, x, y[:, None].astype(float), 8, 2000)
+
+
+def diabetes() -> NoisyTask:
+    """Regression of the progress of diabetes, in batches of sixteen."""
+    x, y = map(np.asarray, load_diabetes(return_X_y=True))
+    y = (y - y.mean()) / y.std()
+    init = functools.partial(init_mlp, (10, 50, 50, 1))
+    return NoisyTask(mlp, fvp.Gaussian(), init, 20 * x, y[:, None], 16, 2000)
+
+
+def deep_images() -> NoisyTask:
+    """The curves again, read by twelve residual layers."""
+
+    def init(seed: int) -> Any:
+        rng = np.random.default_rng(seed)
+        dense = lambda a, b: rng.normal(size=(a, b)) / math.sqrt(a)
+        layers = [{"in": dense(32, 32), "out": dense(32, 32) / 4} for _ in range(12)]
+        return {"read": dense(40, 32), "layers": layers, "out": dense(32, 10)}
+
+    def model_fn(params: Any, x: Any) -> jax.Array:
+        x = x @ params["read"]
+        for layer in params["layers"]:
+            x = x + jax.nn.relu(x @ layer["in"]) @ layer["out"]
+        return x @ params["out"]
+
+    return dataclasses.replace(images(32, 2000), model_fn=model_fn, init=init)
+
+
+def sets() -> NoisyTask:
+    """Which of eight kinds most of twelve symbols are, told by one layer of attention."""
+    rng = np.random.default_rng(0)
+    x = rng.integers(0, 40, (4000, 12))
+    kinds = rng.integers(0, 8, 40)[x]
+    labels = np.array([np.bincount(row, minlength=8).argmax() for row in kinds])
+
+    def init(seed: int) -> Any:
+        rng = np.random.default_rng(seed)
+        dense = lambda a, b: rng.normal(size=(a, b)) / math.sqrt(a)
+        names = ("query", "key", "value")
+        heads = {name: dense(24, 24) for name in names}
+        rest = {"scale": np.ones(24), "up": dense(24, 48), "out": dense(48, 8)}
+        return {"table": rng.normal(size=(40, 24)), **heads, **rest}
+
+    def model_fn(params: Any, x: Any) -> jax.Array:
+        x = params["table"][x]
+        query, key, value = (x @ params[name] for name in ("query", "key", "value"))
+        scores = jax.nn.softmax(jnp.einsum("bqd,bkd->bqk", query, key) / math.sqrt(24))
+        x = (x + scores @ value).mean(1)
+        x = x - x.mean(-1, keepdims=True)
+        x = params["scale"] * x * jax.lax.rsqrt((x**2).mean(-1, keepdims=True) + 1e-5)
+        return jax.nn.gelu(x @ params["up"]) @ params["out"]
+
+    return NoisyTask(model_fn, fvp.Softmax(), init, x, labels, 16, 2000)
+
+
 DEVELOPMENT: dict[str, Callable[[], NoisyTask]] = {
     "digits, batch 1": lambda: digits(1),
     "digits, batch 4": lambda: digits(4),
@@ -238,10 +308,15 @@ DEVELOPMENT: dict[str, Callable[[], NoisyTask]] = {
     "experts": experts,
     "words": words,
     "transformer": transformer,
-}
-VALIDATION: dict[str, Callable[[], NoisyTask]] = {
     "convolutional network": convolutional_images,
     "autoencoder": autoencoder,
     "letters": letters,
     "recurrent network": recurrent,
+}
+VALIDATION: dict[str, Callable[[], NoisyTask]] = {
+    "counts": counts,
+    "tumours": tumours,
+    "diabetes": diabetes,
+    "deep images": deep_images,
+    "sets": sets,
 }

@@ -217,12 +217,11 @@ def test_map_params_reaches_the_trees_like_params_only(tx):
         squares = scaled(2, state.control.squares)
         expected = expected._replace(control=state.control._replace(squares=squares))
     if state.noise is not None:
-        moments = state.noise.moments
-        pair = {
-            name: scaled(2, getattr(moments, name)) for name in ("first_moment", "second_moment")
-        }
-        trail = scaled(2, state.noise.trail)
-        noise = state.noise._replace(trail=trail, moments=moments._replace(**pair))
+        noise = state.noise
+        moments = noise.moments._replace(second_moment=scaled(2, noise.moments.second_moment))
+        average = noise.average._replace(ahead=scaled(2, noise.average.ahead))
+        trail = scaled(2, noise.trail)
+        noise = noise._replace(trail=trail, average=average, moments=moments)
         expected = expected._replace(noise=noise)
     jax.tree.map(np.testing.assert_array_equal, doubled, expected)
 

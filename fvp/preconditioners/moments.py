@@ -1,4 +1,4 @@
-"""Moments of the gradient, kept in the eigenbases of its averaged outer products."""
+"""Gradients whitened in the eigenbases of their averaged outer products."""
 
 from __future__ import annotations
 
@@ -13,13 +13,14 @@ from jax import Array
 from jax.typing import DTypeLike
 
 from fvp.layers.products import einsum
-from fvp.numerics import cast_like, computed_once, tree_vdot, wide_dtype, widen
+from fvp.numerics import computed_once, wide_dtype, widen
 from fvp.tracing.steps import Shape
 from fvp.typing import Params
 
 # docs/decisions/steps.md
-_MEAN, _SQUARES, _OUTER = 0.9, 0.95, 0.99  # memories of the averages
-_PERIOD = 10  # steps between two refreshments of the bases
+_SQUARES, _OUTER = 0.95, 0.97  # memories of the averages
+# Steps between two outer products, and refreshments of the bases with them: at first, and later
+_EARLY, _OFTEN, _SELDOM = 200, 10, 40
 _LARGEST = 1024  # axes that are longer keep their own coordinates
 _PER_COLUMN = 20  # as do those of so many entries or more for each column of the gradient
 _FLOOR = 2.0**-32  # least square over the largest of its leaf
@@ -30,20 +31,21 @@ class Moments(NamedTuple):
     """State of the preconditioner; trees like the parameters, in float32 or wider.
 
     For each axis of a leaf with two or more a basis: eigenvectors of the averaged outer products of
-    the gradient along it. Both moments and the direction are in these coordinates.
+    the gradient along it. The second moment is in these coordinates.
+
+    Reference:
+      N. Vyas et al., SOAP: improving and stabilizing Shampoo using Adam, 2024.
     """
 
     gradients: Array  # int32 scalar, their number
-    first_moment: Any  # running average from 0 of the gradients
-    second_moment: Any  # running average from 0 of their squares
-    turned: Any  # the direction: the first moment over the root of the second
-    outer: Any  # for each leaf and axis the decaying sum (d, d) of the outer products
+    second_moment: Any  # running average from 0 of the squared gradients
+    outer: Any  # for each leaf and axis the decaying sum (d, d) of outer products
     bases: Any  # for each leaf and axis (d, d), the eigenvectors in columns
 
     @classmethod
     def of(cls, params: Params) -> Moments:
         """Before the first gradient."""
-        zeros = lambda: jax.tree.map(lambda p: jnp.zeros_like(p, wide_dtype(p.dtype)), params)
+        zeros = lambda p: jnp.zeros_like(p, wide_dtype(p.dtype))
         leaves = jax.tree.leaves(params)
 
         def square(make: Callable[[int, DTypeLike], Array]) -> Any:
@@ -56,57 +58,40 @@ class Moments(NamedTuple):
 
         return cls(
             gradients=jnp.zeros((), jnp.int32),
-            first_moment=zeros(),
-            second_moment=zeros(),
-            turned=zeros(),
+            second_moment=jax.tree.map(zeros, params),
             outer=square(lambda size, dtype: jnp.zeros((size, size), dtype)),
             bases=square(lambda size, dtype: jnp.eye(size, dtype=dtype)),
         )
 
-    def updated(self, gradient: Params) -> tuple[Moments, Array, Array]:
-        """With one more gradient, and every ten steps with new bases.
+    def whitened(self, gradient: Params) -> tuple[Moments, Params]:
+        """With one more gradient, and every ten steps, later every forty, with new bases.
 
-        Also the slope of the gradient along the last direction, and that of the gradient over the
-        root of the second moment.
+        Also that gradient over the root of the second moment, in the coordinates of the parameters;
+        in float32 or wider.
         """
         leaves, structure = jax.tree.flatten(gradient)
         if not leaves:
-            return self, jnp.zeros(()), jnp.zeros(())
+            return self, gradient
         leaves = [widen(leaf) for leaf in leaves]
-        outer = tuple(
-            tuple(_OUTER * total + _outer_product(g, axis) for total, axis in _axes(totals, g))
-            for totals, g in zip(self.outer, leaves, strict=True)
-        )
-        trees = (self.first_moment, self.second_moment, self.turned)
-        flat = (self.bases, *map(jax.tree.leaves, trees))
-        bases, first, second, last = jax.lax.cond(
-            self.gradients % _PERIOD == 0,
-            lambda flat: _refreshed(outer, *flat),
+        period = jnp.where(self.gradients < _EARLY, _OFTEN, _SELDOM)
+        outer, bases, second = jax.lax.cond(
+            self.gradients % period == 0,
+            lambda flat: _refreshed(leaves, *flat),
             lambda flat: flat,
-            flat,
+            (self.outer, self.bases, jax.tree.leaves(self.second_moment)),
         )
-        now = [_turned(g, basis) for g, basis in zip(leaves, bases, strict=True)]
-        add = lambda old, new, memory: memory * old + (1 - memory) * new
-        first = [add(m, g, _MEAN) for m, g in zip(first, now, strict=True)]
-        second = [add(s, jnp.square(g), _SQUARES) for s, g in zip(second, now, strict=True)]
-        weight = lambda memory: 1 - memory ** (self.gradients + 1.0)
-        root = jnp.sqrt(weight(_SQUARES))
-        per_gradient, per_mean = computed_once((root, root / weight(_MEAN)))
-        roots = [_root(s, basis) for s, basis in zip(second, bases, strict=True)]
-        ratio = lambda x, root: jnp.where(root > 0, x / jnp.where(root > 0, root, 1), 0)
-        turned = [ratio(per_mean * m, root) for m, root in zip(first, roots, strict=True)]
-        whitened = [ratio(per_gradient * g, root) for g, root in zip(now, roots, strict=True)]
+        weight = computed_once(jnp.sqrt(1 - _SQUARES ** (self.gradients + 1.0)))
+        squares, directions = [], []
+        for g, square, sides in zip(leaves, second, bases, strict=True):
+            turned = _turned(g, sides)
+            square = _SQUARES * square + (1 - _SQUARES) * jnp.square(turned)
+            root = _root(square, sides)
+            usable = root > 0
+            turned = jnp.where(usable, weight * turned / jnp.where(usable, root, 1), 0)
+            squares.append(square)
+            directions.append(_turned(turned, sides, back=True))
         tree = lambda flat: jax.tree.unflatten(structure, flat)
-        state = Moments(self.gradients + 1, tree(first), tree(second), tree(turned), outer, bases)
-        return state, tree_vdot(now, last), tree_vdot(whitened, last)
-
-    def direction(self, like: Params) -> Params:
-        """The direction in the coordinates of the parameters, and in the dtypes of ``like``."""
-        leaves, structure = jax.tree.flatten(self.turned)
-        if not leaves:
-            return like
-        back = [_turned(x, basis, back=True) for x, basis in zip(leaves, self.bases, strict=True)]
-        return cast_like(jax.tree.unflatten(structure, back), like)
+        return Moments(self.gradients + 1, tree(squares), outer, bases), tree(directions)
 
 
 def turned_axes(shape: Shape) -> tuple[int, ...]:
@@ -148,27 +133,25 @@ def _root(square: Array, bases: tuple[Array, ...]) -> Array:
     return jnp.sqrt(square)
 
 
-def _refreshed(
-    outer: Any, bases: Any, first: list[Array], second: list[Array], turned: list[Array]
-) -> Any:
-    """One step of subspace iteration for each basis, and the rest in the new coordinates.
+def _refreshed(gradient: list[Array], outer: Any, bases: Any, second: list[Array]) -> Any:
+    """With one more outer product, and one step of subspace iteration, for each basis.
 
-    Squares go over by the squares of the rotation: exact where coordinates are uncorrelated, and
-    with the first moment never larger than their roots allow.
+    Squares go over to new coordinates by the squares of the rotation: exact where coordinates are
+    uncorrelated.
     """
-    found: tuple[list[Any], ...] = ([], [], [], [])
-    for totals, old, *moments in zip(outer, bases, first, second, turned, strict=True):
+    found: list[tuple[Any, Any, Array]] = []
+    for g, totals, old, square in zip(gradient, outer, bases, second, strict=True):
+        totals = tuple(_OUTER * total + _outer_product(g, axis) for total, axis in _axes(totals, g))
         new = ()
         if old:
             trace = jnp.trace(totals[0])  # the squares of all gradients, along whichever axis
             little = computed_once(jnp.where(trace > 0, _KEPT * trace, 1))
             new = tuple(_iterated(*sides, little) for sides in zip(totals, old, strict=True))
-            turns = [einsum("ij,ik->jk", a, b) for a, b in zip(old, new, strict=True)]
-            turns = tuple(jnp.stack([turn, jnp.square(turn), turn]) for turn in turns)
-            moments = jax.vmap(_turned)(jnp.stack(moments), turns)
-        for kept, value in zip(found, (new, *moments), strict=True):
-            kept.append(value)
-    return tuple(found[0]), *found[1:]
+            turns = [jnp.square(einsum("ij,ik->jk", a, b)) for a, b in zip(old, new, strict=True)]
+            square = _turned(square, tuple(turns))
+        found.append((totals, new, square))
+    outer, bases, squares = zip(*found, strict=True)
+    return outer, bases, list(squares)
 
 
 def _iterated(total: Array, basis: Array, little: Array) -> Array:

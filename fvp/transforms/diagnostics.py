@@ -89,7 +89,7 @@ def describe(state: Any) -> str:
     if not value["step"]:
         return step + "nothing was done yet"
     if value.get("noise_leads"):
-        verdict = "along averaged gradients" if value["accepted"] else "rejected, not finite"
+        verdict = "to the average" if value["accepted"] else "rejected, not finite"
         return step + f"noise leads; {verdict}, length {value['length']:.3g}"
     text = step + ("accepted" if value["accepted"] else "rejected, the update is zero")
     text += f"; damping {value['damping']:.3g}, {value['iterations']:.0f} iterations"

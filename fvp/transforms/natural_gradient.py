@@ -74,11 +74,12 @@ def scale_by_fisher(
     loss known, what a step claims is held against the next batch: noise leads as soon as, over the
     last ten steps, the loss of fresh batches has fallen by less than half of what steps achieved
     on their own. The last step is then taken back, or some ten where the loss has risen, and from
-    there on no batch is solved for: the direction is the averaged gradient over the root of its
-    averaged squares, in the eigenbases of its averaged outer products along the axes of a
-    parameter, and its length is learned from the slope of the next batch along it. A learning rate
-    multiplies that length, which makes up for all changes of the rate that are slower than some
-    twenty steps. ``state.noise.leads`` says whether noise leads; full batches never get there.
+    there on no batch is solved for: the direction is the gradient over the root of its averaged
+    squares, in the eigenbases of its averaged outer products along the axes of a parameter; steps
+    go to the average of where such directions lead; and their length is learned from the slope of
+    the next batch along them. A learning rate multiplies that length, which makes up for slow
+    changes of it: no schedule is needed. ``state.noise.leads`` says whether noise leads; full
+    batches never get there.
     ``damping=fvp.LevenbergMarquardt()`` goes on solving whatever the batches are.
 
     Args:

@@ -1,8 +1,9 @@
 """Steps where the noise of the batches leads: what of them is kept, and how one is made.
 
-No batch is solved for there: each would be fitted, noise and all. The direction is the averaged
-gradient over the root of its averaged squares, in the eigenbases of its averaged outer products.
-Its length is learned from the slope that the next batch finds along it.
+No batch is solved for there: each would be fitted, noise and all. The direction is the gradient
+over the root of its averaged squares, in the eigenbases of its averaged outer products. Steps go to
+the average of where such directions lead, and their length is learned from the slope that the next
+batch finds along them.
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ import optax
 from jax import Array
 
 from fvp.control.claims import MEMORY, Claims
+from fvp.control.iterate_average import IterateAverage
 from fvp.control.learned_length import LearnedLength
 from fvp.control.record import Outcome, Step
 from fvp.mesh import auto_sharded
@@ -29,6 +31,7 @@ from fvp.typing import Params
 # First decrease of the loss over the claims before it; docs/decisions/steps.md
 _CAUTION = 0.01
 _REMEMBERED = 10  # steps before which none is forgotten
+_HORIZON = 1 - 1 / 30  # memory of the steps along which the next batch's slope is taken
 
 
 class NoiseState(NamedTuple):
@@ -36,11 +39,14 @@ class NoiseState(NamedTuple):
 
     leads: Array  # bool; once it does it stays so
     claims: Claims
-    trail: Params  # sum of the steps before it does; after the first ten it decays as claims do
+    trail: (
+        Params  # decaying sum of the steps; before noise leads first ten whole, then as claims do
+    )
     taken: Array  # length of the last of them along its direction
     aligned: Array  # parameters . last of them, before it
     square: Array  # last . last
     learned: LearnedLength
+    average: IterateAverage
     moments: Moments
 
     @classmethod
@@ -55,29 +61,18 @@ class NoiseState(NamedTuple):
             aligned=zero(),
             square=zero(),
             learned=LearnedLength.unknown(),
+            average=IterateAverage.of(params),
             moments=Moments.of(params),
         )
 
 
 def seen_by(objective: Objective, state: NaturalGradientState) -> tuple[NoiseState, Objective]:
-    """With this batch's view of the last step; and the objective that knows its loss.
-
-    Where noise leads already there is nothing to find out, and no loss is asked for.
-    """
+    """With this batch's view of the last step; and the objective that knows its loss."""
     noise: NoiseState = state.noise
-    if not objective.data.has_loss:
-        return noise, objective
     precision = float(jnp.finfo(objective.output_dtype).eps)
-    dtype = jax.eval_shape(objective.loss_before).dtype
-
-    def look() -> tuple[Array, Claims, Array]:
-        before, part = objective.loss_before(), _part_taken(state, objective.params)
-        claims = noise.claims.held_against(before, part, precision)
-        return claims.noise_leads, claims, before
-
-    known = lambda: (noise.leads, noise.claims, jnp.full((), jnp.nan, dtype))
-    leads, claims, before = jax.lax.cond(noise.leads, known, look)
-    return noise._replace(leads=leads, claims=claims), objective.knowing(before)
+    before, part = objective.loss_before(), _part_taken(state, objective.params)
+    claims = noise.claims.held_against(before, part, precision)
+    return noise._replace(leads=claims.noise_leads, claims=claims), objective.knowing(before)
 
 
 def with_claim(
@@ -85,8 +80,6 @@ def with_claim(
 ) -> NoiseState:
     """With the claim of a ``step``, which is to be subtracted, and zeros if it was rejected."""
     noise: NoiseState = state.noise
-    if not objective.data.has_loss:
-        return noise
     memory = jnp.where(state.count < _REMEMBERED, 1, MEMORY)
     square = tree_vdot(step, step).astype(jnp.float32)
     if_moved = lambda x: jnp.where(square > 0, x, 0)
@@ -116,60 +109,82 @@ def _part_taken(state: NaturalGradientState, params: Params) -> Array:
     return jnp.where(whole, 1, jnp.clip(part, 0, 2)).astype(jnp.float32)
 
 
-def noise_step(
-    options: Options, gradient: Params, state: NaturalGradientState, objective: Objective
+def step_back(
+    options: Options, like: Params, state: NaturalGradientState
 ) -> tuple[Params, NaturalGradientState]:
-    """One step where noise leads; the first also takes back what was fitted to the batches.
+    """Where noise begins to lead: takes back what was fitted to the batches.
 
     That is the last step that was solved for, or where the loss has risen all that are remembered.
-
-    A gradient whose square is beyond the range of floats, or not finite, changes nothing.
+    The update has the dtypes of ``like``.
     """
-    slope_of = objective.gradient_with_penalty(gradient)
-    square = tree_vdot(slope_of, slope_of)
-    sound = square < jnp.finfo(square.dtype).max / 64  # so that averages of squares are finite
-    made = lambda: _made(options, slope_of, jnp.sqrt(square), gradient, state)
-    skipped = lambda: (tree_zeros_like(gradient), state._replace(accepted=jnp.array(False)))
-    update, state = jax.lax.cond(sound, made, skipped)
-    return update, state._replace(count=optax.safe_increment(state.count))
-
-
-def _made(
-    options: Options, gradient: Params, norm: Array, like: Params, state: NaturalGradientState
-) -> tuple[Params, NaturalGradientState]:
-    """The step, in the dtypes of ``like``, from a sound gradient of that norm."""
     noise: NoiseState = state.noise
-    scalar = jnp.zeros(())
-    moments, *slopes = auto_sharded(
-        lambda m, g: m.updated(g), noise.moments, gradient, like=(noise.moments, scalar, scalar)
+    taken, risen = computed_once((noise.taken, noise.claims.loss_has_risen))
+    back = lambda last, trail: options.sign * jnp.where(risen, -trail, -taken * last)
+    update = jax.tree.map(
+        lambda last, trail, g: back(last, trail).astype(g.dtype), state.direction, noise.trail, like
     )
-    make = lambda m, like: m.direction(like)
-    direction = auto_sharded(make, moments, gradient, like=gradient)
-    learned = noise.learned.learned(*slopes)
-    size = sum(leaf.size for leaf in jax.tree.leaves(gradient))
-    first = _first_length(noise.claims, norm, size)
-    learned = learned._replace(length=jnp.where(learned.length == 0, first, learned.length))
-    rate = (options.rate(state.count) * learned.length).astype(jnp.float32)
-    rate, taken, risen = computed_once((rate, noise.taken, noise.claims.loss_has_risen))
+    return update, _after(
+        state, noise._replace(trail=tree_zeros_like(noise.trail), taken=jnp.zeros((), jnp.float32))
+    )
 
-    def update(d: Array, last: Array, trail: Array, g: Array) -> Array:
+
+def is_sound(square: Array) -> Array:
+    """Whether a gradient of that square can be averaged: squares of all entries stay finite."""
+    return square < jnp.finfo(square.dtype).max / 64
+
+
+def no_step(like: Params, state: NaturalGradientState) -> tuple[Params, NaturalGradientState]:
+    """Where noise leads and the gradient isn't sound: nothing changes."""
+    return tree_zeros_like(like), _after(state, state.noise, accepted=False)
+
+
+def noise_step(
+    options: Options, gradient: Params, square: Array, like: Params, state: NaturalGradientState
+) -> tuple[Params, NaturalGradientState]:
+    """One step where noise leads, in the dtypes of ``like``, from a sound gradient of that square.
+
+    The gradient is that of the loss with its l2 term.
+    """
+    noise: NoiseState = state.noise
+    moments, direction = auto_sharded(
+        lambda m, g: m.whitened(g), noise.moments, gradient, like=(noise.moments, gradient)
+    )
+    learned = noise.learned.learned(*(tree_vdot(x, noise.trail) for x in (gradient, direction)))
+    last = noise.learned.length
+    size = sum(leaf.size for leaf in jax.tree.leaves(gradient))
+    first = _first_length(noise.claims, jnp.sqrt(square), size)
+    learned = learned._replace(length=jnp.where(last == 0, first, learned.length))
+    longer = learned.length / jnp.where(last == 0, learned.length, last)
+    rate = (options.rate(state.count) * learned.length).astype(jnp.float32)
+    average, step = noise.average.stepped(direction, rate, longer)
+
+    def update(step: Array, g: Array) -> Array:
         largest = float(jnp.finfo(g.dtype).max)
-        d, last, trail = (x.astype(jnp.float32) for x in (d, last, trail))
-        step = rate * d - jnp.where(risen, trail, taken * last)
         return jnp.clip(options.sign * step, -largest, largest).astype(g.dtype)
 
-    step = jax.tree.map(update, direction, state.direction, noise.trail, like)
-    return step, state._replace(
+    trail = lambda step, old: (_HORIZON * old + step).astype(old.dtype)
+    return jax.tree.map(update, step, like), _after(
+        state,
+        noise._replace(
+            learned=learned,
+            average=average,
+            moments=moments,
+            trail=jax.tree.map(trail, step, noise.trail),
+        ),
+    )
+
+
+def _after(
+    state: NaturalGradientState, noise: NoiseState, accepted: bool = True
+) -> NaturalGradientState:
+    """The state after a step that nothing was solved for."""
+    return state._replace(
+        count=optax.safe_increment(state.count),
         iterations=jnp.zeros((), jnp.int32),
         residual_norm=jnp.zeros((), jnp.float32),
         predicted_kl=jnp.zeros((), jnp.float32),
-        accepted=jnp.array(True),
-        noise=noise._replace(
-            learned=learned,
-            moments=moments,
-            trail=tree_zeros_like(noise.trail),
-            taken=jnp.zeros((), jnp.float32),
-        ),
+        accepted=jnp.array(accepted),
+        noise=noise,
     )
 
 

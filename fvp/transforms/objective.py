@@ -75,9 +75,7 @@ class Objective:
 
     def gradient_with_penalty(self, gradient: Params) -> Params:
         """The gradient of the loss with its l2 term, from that without."""
-        if self.l2 is None:
-            return gradient
-        return tree_axpy(self.l2, cast_like(self.params, gradient), gradient)
+        return with_penalty(gradient, self.params, self.l2)
 
     @property
     def output_dtype(self) -> Any:
@@ -140,3 +138,8 @@ class Objective:
     def _whole(self, params: Params) -> Params:
         masked = has_masked_nodes(params)
         return fill_masked(params, self.data.all_params) if masked else params
+
+
+def with_penalty(gradient: Params, params: Params, l2: Any) -> Params:
+    """The gradient with that of l2/2 |params|^2, where l2 is not None."""
+    return gradient if l2 is None else tree_axpy(l2, cast_like(params, gradient), gradient)

@@ -76,7 +76,7 @@ def take_step(
         differs = lambda: _gradient_differs(objective, gradient, attempt)
         mismatch = jax.lax.cond(descent & outcome.worse, differs, lambda: state.gradient_mismatch)
     noise = state.noise
-    if noise is not None:
+    if noise is not None and objective.data.has_loss:
         noise = with_claim(state, objective, record, outcome, step)
     return update, NaturalGradientState(
         count=optax.safe_increment(state.count),

@@ -14,9 +14,10 @@ from fvp.compilation import compiled_when_eager
 from fvp.curvature import CurvatureOperator, Problem
 from fvp.curvature.gauss_newton import gauss_newton_of
 from fvp.curvature.operator import build_operator
+from fvp.numerics import tree_vdot
 from fvp.solvers import Setting
-from fvp.transforms.noise import NoiseState, noise_step, seen_by
-from fvp.transforms.objective import Data, Objective
+from fvp.transforms.noise import NoiseState, is_sound, no_step, noise_step, seen_by, step_back
+from fvp.transforms.objective import Data, Objective, with_penalty
 from fvp.transforms.options import Options, check_data
 from fvp.transforms.serialization import register_with_flax
 from fvp.transforms.state import NaturalGradientState
@@ -51,16 +52,25 @@ def build_transform(options: Options) -> optax.GradientTransformationExtraArgs:
     def step(
         gradient: Params, state: NaturalGradientState, params: Params, operator: Any, data: Data
     ) -> tuple[Params, NaturalGradientState]:
-        # Outside of the branches: there XLA shares the forward pass with the caller's gradient.
-        objective = objective_at(options, params, operator, data)
+        def solved() -> tuple[Params, NaturalGradientState]:
+            objective = objective_at(options, params, operator, data)
+            if state.noise is None or not data.has_loss:
+                return take_step(options, gradient, state, objective)
+            noise, knowing = seen_by(objective, state)
+            seen = state._replace(noise=noise)
+            back = lambda: step_back(options, gradient, seen)
+            on = lambda: take_step(options, gradient, seen, knowing)
+            return jax.lax.cond(noise.leads, back, on)
 
         if state.noise is None:
-            return take_step(options, gradient, state, objective)
-        noise, objective = seen_by(objective, state)
-        state = state._replace(noise=noise)
-        led = lambda: noise_step(options, gradient, state, objective)
-        solved = lambda: take_step(options, gradient, state, objective)
-        return jax.lax.cond(noise.leads, led, solved)
+            return solved()
+        # Where noise leads nothing has to be tried: the model is evaluated in one branch alone.
+        slope_of = with_penalty(gradient, params, options.l2)
+        square = tree_vdot(slope_of, slope_of)
+        led = lambda: noise_step(options, slope_of, square, gradient, state)
+        branches = solved, led, lambda: no_step(gradient, state)
+        which = jnp.where(state.noise.leads, jnp.where(is_sound(square), 1, 2), 0)
+        return jax.lax.switch(which, branches)
 
     def update(
         updates: Params,
