@@ -29,7 +29,7 @@ from fvp.transforms.state import NaturalGradientState
 from fvp.typing import Params
 
 # First decrease of the loss over the claims before it; docs/decisions/steps.md
-_CAUTION = 0.01
+_CAUTION = 0.1
 _REMEMBERED = 10  # steps before which none is forgotten
 _HORIZON = 1 - 1 / 30  # memory of the steps along which the next batch's slope is taken
 
