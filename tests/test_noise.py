@@ -84,7 +84,7 @@ def descend(noise, scale=1.0, steps=3000, seed=0):
         learned = learned.learned(slope, slope)
         learned = learned._replace(length=jnp.where(last == 0, 0.01, learned.length))
         longer = learned.length / jnp.where(last == 0, learned.length, last)
-        average, taken = average.stepped(gradient / scale, learned.length, longer)
+        average, taken = average.stepped(gradient / scale, learned.length, longer, False)
         carry = x - taken, 29 / 30 * trail + taken, learned, average
         return carry, (learned.length, 0.5 * jnp.vdot(x, x))
 
@@ -128,13 +128,34 @@ def test_the_parameters_are_near_the_weighted_average_of_a_longer_sequence():
     average, z, points, weights = IterateAverage.of(jnp.asarray(y)), y.copy(), [], []
     for i, (length, d) in enumerate(zip(lengths, directions, strict=True)):
         longer = length / lengths[max(i - 1, 0)]
-        average, step = average.stepped(jnp.asarray(d), jnp.asarray(length), jnp.asarray(longer))
+        average, step = average.stepped(jnp.asarray(d), jnp.asarray(length), longer, False)
         y = y - np.asarray(step)
         z = z - length * d
         points.append(z)
         weights.append((i + 1) * length)
         x = np.average(points, axis=0, weights=weights)
         np.testing.assert_allclose(y, 0.1 * z + 0.9 * x, rtol=1e-5)
+
+
+def test_an_average_that_starts_anew_forgets_what_is_left_of_all_directions():
+    one = jnp.ones(3)
+    average = IterateAverage.of(one)
+    for _ in range(5):
+        average, _ = average.stepped(one, jnp.float32(0.1), jnp.float32(1), False)
+    assert np.all(average.ahead > 0)
+    anew, step = average.stepped(one, jnp.float32(0.1), jnp.float32(1), True)
+    expected, first = IterateAverage.of(one).stepped(one, jnp.float32(0.1), jnp.float32(1), False)
+    jax.tree.map(np.testing.assert_allclose, (anew, step), (expected, first))
+
+
+def test_steps_that_only_lead_uphill_are_noticed():
+    learned, rng = LearnedLength.unknown(), np.random.default_rng(0)
+    for slope in rng.normal(size=200):
+        learned = learned.learned(jnp.float32(slope), jnp.float32(slope))
+        assert not learned.only_uphill
+    for slope in rng.normal(size=40) - 3:
+        learned = learned.learned(jnp.float32(slope), jnp.float32(slope))
+    assert learned.only_uphill
 
 
 @pytest.mark.parametrize("slope", [jnp.nan, jnp.inf, -jnp.inf, 1e30, -1e30])
@@ -430,6 +451,33 @@ def test_a_batch_that_is_not_finite_changes_nothing_where_noise_leads(make):
     _, recovered, updates = step(after, kept, x[:4], y[:4])
     assert optax.tree.get(recovered, "accepted")
     assert any(np.any(leaf != 0) for leaf in jax.tree.leaves(updates))
+
+
+def test_directions_that_were_wrong_are_given_up():
+    # As others may make them that shorten steps: what is left of old directions leads uphill.
+    x, y = digits()
+    tx, params = natural_gradient(), start()
+    state = with_noise(tx.init(params))
+
+    def some(carry, steps, seed):
+        def step(carry, key):
+            params, state = carry
+            rows = jax.random.randint(key, (32,), 0, len(x))
+            gradient = jax.grad(loss)(params, x[rows], y[rows])
+            updates, state = tx.update(gradient, state, params, batch=x[rows], targets=y[rows])
+            return (optax.apply_updates(params, updates), state), None
+
+        return jax.lax.scan(step, carry, jax.random.split(jax.random.key(seed), steps))[0]
+
+    run = jax.jit(some, static_argnums=1)
+    params, state = run((params, state), 200, 0)
+    before, noise, gradient = loss(params, x, y), state.noise, jax.grad(loss)(start(), x, y)
+    uphill = jax.tree.map(lambda g: -100 * g / optax.tree.norm(gradient), gradient)
+    average = noise.average._replace(ahead=uphill)
+    state = state._replace(noise=noise._replace(average=average))
+    params, state = run((params, state), 400, 1)
+    assert state.noise.average.steps < 600  # it has started anew
+    assert loss(params, x, y) < 3 * before
 
 
 def test_half_precision_parameters_keep_their_dtypes():

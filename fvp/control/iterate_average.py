@@ -41,7 +41,7 @@ class IterateAverage(NamedTuple):
         return cls(zero(), zero(), jax.tree.map(zeros, params))
 
     def stepped(
-        self, direction: Params, rate: Array, longer: Array
+        self, direction: Params, rate: Array, longer: Array, anew: Array
     ) -> tuple[IterateAverage, Params]:
         """With one more direction, and the step that is to be subtracted; in its wide dtypes.
 
@@ -49,14 +49,16 @@ class IterateAverage(NamedTuple):
           direction: to go against; like the parameters.
           rate: the length, scalar.
           longer: this length over the last one, for its weight.
+          anew: bool, whether the average starts anew from the parameters.
         """
+        steps = jnp.where(anew, 0, self.steps)
         # Weights w = number x length; share' = w' / (w' + all before), with share = w / all before.
-        older = self.steps / ((self.steps + 1) * longer * jnp.where(self.share > 0, self.share, 1))
+        older = steps / ((steps + 1) * longer * jnp.where(self.share > 0, self.share, 1))
         share = 1 / (1 + older)
-        kept = 1 - share
+        kept, taken = 1 - share, jnp.where(anew, 0, share)
         now = (1 - _AVERAGED * kept) * rate
         later = _AVERAGED * kept * rate
-        share, kept, now, later = computed_once((share, kept, now, later))
-        step = jax.tree.map(lambda a, d: share * a + now * d, self.ahead, direction)
+        taken, kept, now, later = computed_once((taken, kept, now, later))
+        step = jax.tree.map(lambda a, d: taken * a + now * d, self.ahead, direction)
         ahead = jax.tree.map(lambda a, d: kept * a + later * d, self.ahead, direction)
-        return IterateAverage(self.steps + 1, share, ahead), step
+        return IterateAverage(steps + 1, share, ahead), step

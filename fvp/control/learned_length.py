@@ -10,6 +10,7 @@ from jax import Array
 # docs/decisions/steps.md
 _FIRST, _SLOWER, _LAST = 2.0, 4.0, 0.01  # rate max(1 / (2 + slopes / 4), 0.01)
 _MEMORY = 0.9
+_LASTING, _UPHILL = 1 - 1 / 30, -0.5
 
 
 class LearnedLength(NamedTuple):
@@ -36,11 +37,12 @@ class LearnedLength(NamedTuple):
     squares_of_whitened: Array  # decaying sum
     weight: Array  # decaying count of them
     slopes: Array  # their number
+    lasting: Array  # running average from 0 of slopes over their root mean squares
 
     @classmethod
     def unknown(cls) -> LearnedLength:
         """Before the first step; one buffer for each field, so that it can be donated."""
-        return cls(*(jnp.zeros((), jnp.float32) for _ in range(5)))
+        return cls(*(jnp.zeros((), jnp.float32) for _ in range(6)))
 
     def learned(self, slope: Array, whitened: Array) -> LearnedLength:
         """After the slopes of a fresh gradient along the last steps: above zero is downhill.
@@ -56,6 +58,12 @@ class LearnedLength(NamedTuple):
         typical = jnp.sqrt(sums / jnp.where(weight > 0, weight, 1))
         relative = jnp.clip(both / jnp.where(typical > 0, typical, 1), -1, 1)
         rate = jnp.maximum(_LAST, 1 / (_FIRST + self.slopes / _SLOWER))
-        change = jnp.exp(jnp.where(known, rate * jnp.mean(relative), 0))
-        length = jnp.minimum(self.length * change, jnp.finfo(jnp.float32).max)
-        return LearnedLength(length, sums[0], sums[1], weight, self.slopes + known)
+        relative = jnp.where(known, jnp.mean(relative), 0)
+        length = jnp.minimum(self.length * jnp.exp(rate * relative), jnp.finfo(jnp.float32).max)
+        lasting = _LASTING * self.lasting + (1 - _LASTING) * relative
+        return LearnedLength(length, sums[0], sums[1], weight, self.slopes + known, lasting)
+
+    @property
+    def only_uphill(self) -> Array:
+        """Whether steps have led uphill for long, whatever their length: it is their momentum."""
+        return self.lasting < _UPHILL

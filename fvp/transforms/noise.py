@@ -156,13 +156,16 @@ def noise_step(
     learned = learned._replace(length=jnp.where(last == 0, first, learned.length))
     longer = learned.length / jnp.where(last == 0, learned.length, last)
     rate = (options.rate(state.count) * learned.length).astype(jnp.float32)
-    average, step = noise.average.stepped(direction, rate, longer)
+    anew = learned.only_uphill
+    learned = learned._replace(lasting=jnp.where(anew, 0, learned.lasting))
+    average, step = noise.average.stepped(direction, rate, longer, anew)
+    remembered = computed_once(jnp.where(anew, 0, _HORIZON))
 
     def update(step: Array, g: Array) -> Array:
         largest = float(jnp.finfo(g.dtype).max)
         return jnp.clip(options.sign * step, -largest, largest).astype(g.dtype)
 
-    trail = lambda step, old: (_HORIZON * old + step).astype(old.dtype)
+    trail = lambda step, old: (remembered * old + step).astype(old.dtype)
     return jax.tree.map(update, step, like), _after(
         state,
         noise._replace(
