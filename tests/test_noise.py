@@ -471,13 +471,13 @@ def test_directions_that_were_wrong_are_given_up():
 
     run = jax.jit(some, static_argnums=1)
     params, state = run((params, state), 200, 0)
-    before, noise, gradient = loss(params, x, y), state.noise, jax.grad(loss)(start(), x, y)
-    uphill = jax.tree.map(lambda g: -100 * g / optax.tree.norm(gradient), gradient)
+    noise, gradient = state.noise, jax.grad(loss)(start(), x, y)
+    uphill = jax.tree.map(lambda g: -500 * g / optax.tree.norm(gradient), gradient)
     average = noise.average._replace(ahead=uphill)
     state = state._replace(noise=noise._replace(average=average))
     params, state = run((params, state), 400, 1)
     assert state.noise.average.steps < 600  # it has started anew
-    assert loss(params, x, y) < 3 * before
+    assert loss(params, x, y) < loss(start(), x, y)  # without: a hundred times that
 
 
 def test_half_precision_parameters_keep_their_dtypes():
