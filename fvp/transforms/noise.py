@@ -1,4 +1,4 @@
-"""Steps where the noise of the batches leads: what of them is kept, and how one is made.
+"""Steps where the noise of the batches leads.
 
 No batch is solved for there: each would be fitted, noise and all. The direction is the gradient
 over the root of its averaged squares, in the eigenbases of its averaged outer products. Steps go to
@@ -9,123 +9,22 @@ batch finds along them.
 from __future__ import annotations
 
 import math
-from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
-import optax
 from jax import Array
 
-from fvp.control.claims import MEMORY, Claims
-from fvp.control.iterate_average import IterateAverage
-from fvp.control.learned_length import LearnedLength
-from fvp.control.record import Outcome, Step
+from fvp.control.claims import Claims
 from fvp.mesh import auto_sharded
 from fvp.numerics import computed_once, tree_vdot, tree_zeros_like
-from fvp.preconditioners.moments import Moments
-from fvp.transforms.objective import Objective
 from fvp.transforms.options import Options
 from fvp.transforms.state import NaturalGradientState
+from fvp.transforms.watch import NoiseState, after_noise
 from fvp.typing import Params
 
 # First decrease of the loss over the claims before it; docs/decisions/steps.md
 _CAUTION = 0.1
-_REMEMBERED = 10  # steps before which none is forgotten
 _HORIZON = 1 - 1 / 30  # memory of the steps along which the next batch's slope is taken
-
-
-class NoiseState(NamedTuple):
-    """What the noise of the batches is known by, and what its steps need; float32 scalars."""
-
-    leads: Array  # bool; once it does it stays so
-    claims: Claims
-    trail: (
-        Params  # decaying sum of the steps; before noise leads first ten whole, then as claims do
-    )
-    taken: Array  # length of the last of them along its direction
-    aligned: Array  # parameters . last of them, before it
-    square: Array  # last . last
-    learned: LearnedLength
-    average: IterateAverage
-    moments: Moments
-
-    @classmethod
-    def of(cls, params: Params) -> NoiseState:
-        """Before the first step."""
-        zero = lambda: jnp.zeros((), jnp.float32)
-        return cls(
-            leads=jnp.zeros((), jnp.bool_),
-            claims=Claims.none(),
-            trail=optax.tree.zeros_like(params),
-            taken=zero(),
-            aligned=zero(),
-            square=zero(),
-            learned=LearnedLength.unknown(),
-            average=IterateAverage.of(params),
-            moments=Moments.of(params),
-        )
-
-
-def seen_by(objective: Objective, state: NaturalGradientState) -> tuple[NoiseState, Objective]:
-    """With this batch's view of the last step; and the objective that knows its loss."""
-    noise: NoiseState = state.noise
-    precision = float(jnp.finfo(objective.output_dtype).eps)
-    before, part = objective.loss_before(), _part_taken(state, objective.params)
-    claims = noise.claims.held_against(before, part, precision)
-    return noise._replace(leads=claims.noise_leads, claims=claims), objective.knowing(before)
-
-
-def with_claim(
-    state: NaturalGradientState, objective: Objective, record: Step, outcome: Outcome, step: Params
-) -> NoiseState:
-    """With the claim of a ``step``, which is to be subtracted, and zeros if it was rejected."""
-    noise: NoiseState = state.noise
-    memory = jnp.where(state.count < _REMEMBERED, 1, MEMORY)
-    square = tree_vdot(step, step).astype(jnp.float32)
-    if_moved = lambda x: jnp.where(square > 0, x, 0)
-    slope, reduction = record.length * record.slope, record.reduction - outcome.error
-    return noise._replace(
-        claims=noise.claims.after(objective.loss_before(), if_moved(slope), if_moved(reduction)),
-        trail=jax.tree.map(
-            lambda old, new: (memory * old + new).astype(old.dtype), noise.trail, step
-        ),
-        taken=if_moved(record.length).astype(jnp.float32),
-        aligned=tree_vdot(objective.params, step).astype(jnp.float32),
-        square=square,
-    )
-
-
-def _part_taken(state: NaturalGradientState, params: Params) -> Array:
-    """How much of the last step is in ``params``: less than 1 where others have shortened it.
-
-    1 where rounding hides it.
-    """
-    noise: NoiseState = state.noise
-    safe = jnp.where(noise.square > 0, noise.square, 1)
-    part = (noise.aligned - noise.taken * tree_vdot(params, state.direction)) / safe
-    eps = max((float(jnp.finfo(x.dtype).eps) for x in jax.tree.leaves(params)), default=0)
-    unsure = 0.01 + 16 * eps * jnp.abs(noise.aligned) / safe
-    whole = (noise.square == 0) | ~(jnp.abs(part - 1) > unsure)
-    return jnp.where(whole, 1, jnp.clip(part, 0, 2)).astype(jnp.float32)
-
-
-def step_back(
-    options: Options, like: Params, state: NaturalGradientState
-) -> tuple[Params, NaturalGradientState]:
-    """Where noise begins to lead: takes back what was fitted to the batches.
-
-    That is the last step that was solved for, or where the loss has risen all that are remembered.
-    The update has the dtypes of ``like``.
-    """
-    noise: NoiseState = state.noise
-    taken, risen = computed_once((noise.taken, noise.claims.loss_has_risen))
-    back = lambda last, trail: options.sign * jnp.where(risen, -trail, -taken * last)
-    update = jax.tree.map(
-        lambda last, trail, g: back(last, trail).astype(g.dtype), state.direction, noise.trail, like
-    )
-    return update, _after(
-        state, noise._replace(trail=tree_zeros_like(noise.trail), taken=jnp.zeros((), jnp.float32))
-    )
 
 
 def is_sound(square: Array) -> Array:
@@ -135,7 +34,7 @@ def is_sound(square: Array) -> Array:
 
 def no_step(like: Params, state: NaturalGradientState) -> tuple[Params, NaturalGradientState]:
     """Where noise leads and the gradient isn't sound: nothing changes."""
-    return tree_zeros_like(like), _after(state, state.noise, accepted=False)
+    return tree_zeros_like(like), after_noise(state, state.noise, accepted=False)
 
 
 def noise_step(
@@ -166,7 +65,7 @@ def noise_step(
         return jnp.clip(options.sign * step, -largest, largest).astype(g.dtype)
 
     trail = lambda step, old: (remembered * old + step).astype(old.dtype)
-    return jax.tree.map(update, step, like), _after(
+    return jax.tree.map(update, step, like), after_noise(
         state,
         noise._replace(
             learned=learned,
@@ -174,20 +73,6 @@ def noise_step(
             moments=moments,
             trail=jax.tree.map(trail, step, noise.trail),
         ),
-    )
-
-
-def _after(
-    state: NaturalGradientState, noise: NoiseState, accepted: bool = True
-) -> NaturalGradientState:
-    """The state after a step that nothing was solved for."""
-    return state._replace(
-        count=optax.safe_increment(state.count),
-        iterations=jnp.zeros((), jnp.int32),
-        residual_norm=jnp.zeros((), jnp.float32),
-        predicted_kl=jnp.zeros((), jnp.float32),
-        accepted=jnp.array(accepted),
-        noise=noise,
     )
 
 

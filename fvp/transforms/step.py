@@ -24,10 +24,10 @@ from fvp.numerics import (
 from fvp.solvers import DampedCurvature, Moment, Verdict
 from fvp.transforms.direction import Direction, find_direction
 from fvp.transforms.length import Length, Moves, choose_length
-from fvp.transforms.noise import with_claim
 from fvp.transforms.objective import Objective
 from fvp.transforms.options import Options
 from fvp.transforms.state import NaturalGradientState
+from fvp.transforms.watch import with_claim
 from fvp.typing import Params, PyTree
 
 # Where nothing can try an adaptive step, for want of a batch; docs/decisions/steps.md

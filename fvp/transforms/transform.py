@@ -16,13 +16,14 @@ from fvp.curvature.gauss_newton import gauss_newton_of
 from fvp.curvature.operator import build_operator
 from fvp.numerics import tree_vdot
 from fvp.solvers import Setting
-from fvp.transforms.noise import NoiseState, is_sound, no_step, noise_step, seen_by, step_back
+from fvp.transforms.noise import is_sound, no_step, noise_step
 from fvp.transforms.objective import Data, Objective, with_penalty
 from fvp.transforms.options import Options, check_data
 from fvp.transforms.serialization import register_with_flax
 from fvp.transforms.state import NaturalGradientState
 from fvp.transforms.step import take_step
 from fvp.transforms.subset import has_masked_nodes
+from fvp.transforms.watch import NoiseState, seen_by, step_back
 from fvp.typing import Params
 
 
