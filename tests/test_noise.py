@@ -167,6 +167,20 @@ def test_no_single_slope_moves_the_length_far(slope):
     assert 0.85 < after.length / learned.length < 1.2
 
 
+def test_steps_that_are_never_taken_leave_everything_finite():
+    # A learning rate of zero behind the transformation: every slope is downhill.
+    x, y = digits()
+    tx = optax.chain(natural_gradient(), optax.scale(0.0))
+    params, step = start(), stepper(tx)
+    state = with_noise(tx.init(params))
+    learned = noise_of(state).learned._replace(length=jnp.float32(3e38))
+    state = optax.tree.set(state, learned=learned)
+    for _ in range(5):
+        params, state, updates = step(params, state, x[:4], y[:4])
+    for leaf in jax.tree.leaves((noise_of(state), updates)):
+        assert np.all(np.isfinite(leaf))
+
+
 # Moments in eigenbases ---------------------------------------------------------------------------
 
 

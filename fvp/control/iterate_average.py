@@ -22,7 +22,7 @@ class IterateAverage(NamedTuple):
     Noise moves z, and averages out in x, so that lengths needn't fall for it to: in a convex
     problem x comes as near as the best fixed length would, without knowing when training ends.
 
-    Only z - y is kept. Whatever others do to the parameters, such as weight decay or a learning
+    Only y - z is kept. Whatever others do to the parameters, such as weight decay or a learning
     rate behind this transformation, moves z and x alike.
 
     Reference:

@@ -11,6 +11,7 @@ from jax import Array
 _FIRST, _SLOWER, _LAST = 2.0, 4.0, 0.01  # rate max(1 / (2 + slopes / 4), 0.01)
 _MEMORY = 0.9
 _LASTING, _UPHILL = 1 - 1 / 30, -0.5
+_LARGEST = 2.0**63  # so that sums of steps stay finite where others never let them be taken
 
 
 class LearnedLength(NamedTuple):
@@ -59,7 +60,7 @@ class LearnedLength(NamedTuple):
         relative = jnp.clip(both / jnp.where(typical > 0, typical, 1), -1, 1)
         rate = jnp.maximum(_LAST, 1 / (_FIRST + self.slopes / _SLOWER))
         relative = jnp.where(known, jnp.mean(relative), 0)
-        length = jnp.minimum(self.length * jnp.exp(rate * relative), jnp.finfo(jnp.float32).max)
+        length = jnp.minimum(self.length * jnp.exp(rate * relative), _LARGEST)
         lasting = _LASTING * self.lasting + (1 - _LASTING) * relative
         return LearnedLength(length, sums[0], sums[1], weight, self.slopes + known, lasting)
 
