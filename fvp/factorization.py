@@ -8,7 +8,7 @@ have batch axes in front. What is not finite never gets in: a factorisation of z
 from __future__ import annotations
 
 import functools
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -52,6 +52,21 @@ class SemidefiniteFactor(NamedTuple):
         values, vectors = jax.lax.cond(good, unused, eigenvalues)
         return cls(cholesky, values, vectors, good)
 
+    @classmethod
+    def of_root(cls, root: Array, damping: Array) -> SemidefiniteFactor:
+        """Of root^T root + damping I, from the QR factorisation of ``root`` (N, n).
+
+        As exact as the root itself, not as its square; for a positive damping, which may be as low
+        as 64 eps^2 times the squared norm of the root.
+        """
+        return cls.of_triangle(qr_above_damping(root, damping, mode="r"))
+
+    @classmethod
+    def of_triangle(cls, triangle: Array) -> SemidefiniteFactor:
+        """Of R^T R for the upper triangular R."""
+        unused = jnp.zeros_like(triangle)
+        return cls(triangle.T, unused[0], unused, jnp.array(True))
+
     def solve(self, rhs: Array) -> Array:
         """(matrix + damping I)^-1 rhs for columns ``rhs``."""
         by_cholesky = jax.scipy.linalg.cho_solve((self.cholesky, True), rhs)
@@ -66,6 +81,12 @@ class SemidefiniteFactor(NamedTuple):
             return _einsum("...ij,...jk->...ik", self.vectors, inverse * projected)
 
         return jax.lax.cond(self.by_cholesky, lambda: by_cholesky, by_eigenvalues)
+
+
+def qr_above_damping(root: Array, damping: Array, *, mode: str = "reduced") -> Any:
+    """The QR factorisation of ``root`` (N, n) above sqrt(damping) I, with all N + n rows."""
+    shift = jnp.sqrt(damping.astype(root.dtype)) * jnp.eye(root.shape[1], dtype=root.dtype)
+    return jnp.linalg.qr(jnp.concatenate([root, shift]), mode=mode)
 
 
 def inverse_semidefinite(matrix: Array, damping: Array) -> Array:

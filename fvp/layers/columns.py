@@ -18,7 +18,7 @@ from jax import Array
 from jax.core import Tracer
 
 from fvp.curvature import OutputCurvature, Problem
-from fvp.curvature.problem import mask_outputs
+from fvp.curvature.problem import apply_weights, mask_outputs
 from fvp.heads import Root
 from fvp.numerics import scan_sum
 
@@ -98,6 +98,16 @@ def less_mean(rows: Array, shares: Array, axis: int) -> Array:
     scale = jnp.sqrt(jnp.abs(shares))
     mean = jnp.sum(jnp.sign(shares) * scale * rows, axis=axis, keepdims=True)
     return rows - scale * mean
+
+
+def score_coefficients(root: Root, shares: Array, targets: Any) -> Array | None:
+    """Of the gradient of the mean loss at ``targets`` in the weighted columns of ``root``.
+
+    (batch axes, K); None where it is not known. Zero where the root has no digits left.
+    """
+    if targets is None or root.score is None:
+        return None
+    return apply_weights(jnp.sqrt(shares), 1, root.score(targets))
 
 
 def separated(root: Root, shares: Array, separate: Sequence[int], event_ndim: int) -> Columns:

@@ -9,28 +9,20 @@ import jax
 import jax.numpy as jnp
 from jax import Array
 from jax.flatten_util import ravel_pytree
-from jax.typing import ArrayLike
 
 from fvp.factorization import SemidefiniteFactor
 from fvp.numerics import (
     cast_like,
     tree_axpy,
-    tree_vdot,
-    tree_where,
     tree_zeros_like,
     wide_dtype,
     widen_tree,
 )
 from fvp.solvers.cg_iteration import CGInfo
 from fvp.solvers.damped import DampedCurvature, DampedSolver, DampedSystem, Moment
+from fvp.solvers.orthogonal import orthogonal_system
+from fvp.solvers.rounding import REFINEMENTS, ROUNDING, above_noise, above_rounding, holds_digits
 from fvp.typing import Params, PyTree
-
-# Least damping of an exact solve over the norm of the gradient: below, where the curvature vanishes
-# in float32, the squared norm of the solution would overflow; docs/decisions/solvers.md
-_LEAST = 2.0**-60
-# Least damping with targets, over eps trace(F): a factorisation's own rounding.
-ROUNDING = 8.0  # docs/decisions/solvers.md
-_REFINEMENTS = 3  # each takes the rounding back to a hundredth; docs/decisions/solvers.md
 
 
 @dataclasses.dataclass(frozen=True)
@@ -41,23 +33,37 @@ class Dense(DampedSolver):
     the range of F would be blown up. With targets, in float32 or wider, it is taken back, by steps
     of refinement whose residual is that of the outputs, and only 8 eps trace(F) is needed, the
     rounding of the factorisation itself.
+
+    Args:
+      qr: whether less damping than that is solved for by the QR factorisation of A, F = A^T A, at
+        two to three times the cost, down to 64 eps^2 trace(F): F itself has lost every eigenvalue
+        below eps of the largest, A those below eps^2. With targets, in float32 or wider, and where
+        A, examples x outputs by parameters, has at most 2^27 entries; examples of negative weight
+        are left out of A. Steps that may go without damping have it.
     """
 
     direct: ClassVar[bool] = True
+
+    qr: bool = False
+
+    def without_damping(self) -> Dense:
+        """By QR."""
+        return dataclasses.replace(self, qr=True)
 
     def prepare(
         self, damped: DampedCurvature, moment: Moment, state: PyTree
     ) -> tuple[DampedSystem, PyTree]:
         """Makes and factorises the matrix."""
+        targets = moment.targets if holds_digits(damped.operator) else None
+        if self.qr and (system := orthogonal_system(damped, targets, moment.norm)) is not None:
+            return system, state
+        if damped.operator.linearized.jacobian is None:
+            targets = None
         matrix = damped.operator.dense()
         matrix = matrix.astype(wide_dtype(matrix.dtype))
-        eps, targets = float(jnp.finfo(matrix.dtype).eps), moment.targets
-        leaves = jax.tree.leaves(damped.operator.like)
-        narrow = any(leaf.dtype != wide_dtype(leaf.dtype) for leaf in leaves)
-        if narrow or damped.operator.linearized.jacobian is None:
-            targets = None
+        eps = float(jnp.finfo(matrix.dtype).eps)
         level = eps**0.5 if targets is None else ROUNDING * eps
-        damped, total = above_rounding(damped, matrix, level, moment.norm)
+        damped, total = above_rounding(damped, level * jnp.trace(matrix), moment.norm)
         return DenseSystem(damped, SemidefiniteFactor.of(matrix, total), total, targets), state
 
 
@@ -79,7 +85,7 @@ class DenseSystem(DampedSystem):
         if self.targets is not None:
             more = self._beside_gradient(rhs)
             refine = lambda _, x: tree_axpy(1, self._by_factor(self._residual(x, more)), x)
-            x = jax.lax.fori_loop(0, _REFINEMENTS, refine, x)
+            x = jax.lax.fori_loop(0, REFINEMENTS, refine, x)
         x = cast_like(x, rhs)
         return x, self.damped.record(x, rhs)
 
@@ -100,25 +106,3 @@ class DenseSystem(DampedSystem):
     def _gradient_after(self, v: Params) -> Params:
         operator = self.damped.operator
         return widen_tree(operator.gradient_after(cast_like(v, operator.like), self.targets))
-
-
-def above_noise(rest: Params, whole: Params) -> Params:
-    """``rest`` of a difference, or zeros where it is the rounding of the ``whole``."""
-    level = 64 * jnp.finfo(jnp.result_type(*jax.tree.leaves(whole))).eps
-    noise = tree_vdot(rest, rest) <= level**2 * tree_vdot(whole, whole)
-    return tree_where(noise, tree_zeros_like(rest), rest)
-
-
-def above_rounding(
-    damped: DampedCurvature, matrix: Array, level: ArrayLike, norm: Array
-) -> tuple[DampedCurvature, Array]:
-    """The same with as much damping as rounding wants, and damping + l2.
-
-    At least ``level`` trace(F) for the ``matrix`` that has its trace, and a part of the ``norm`` of
-    the gradient, also where F vanishes.
-    """
-    shift = 0.0 if damped.l2 is None else damped.l2
-    total = jnp.asarray(damped.damping + shift, matrix.dtype)
-    total = jnp.maximum(total, level * jnp.trace(matrix))
-    total = jnp.maximum(total, jnp.asarray(norm * _LEAST, matrix.dtype))
-    return dataclasses.replace(damped, damping=total - shift), total

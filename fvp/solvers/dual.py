@@ -19,7 +19,14 @@ from fvp.mesh import row_axes
 from fvp.numerics import cast_like, tree_axpy, widen_tree
 from fvp.solvers.cg_iteration import CGInfo
 from fvp.solvers.damped import DampedCurvature, DampedSolver, DampedSystem, Moment
-from fvp.solvers.dense import ROUNDING, above_noise, above_rounding
+from fvp.solvers.orthogonal import dual_factor
+from fvp.solvers.rounding import (
+    ROUNDING,
+    above_noise,
+    above_rounding,
+    above_rounding_of_root,
+    holds_digits,
+)
 from fvp.solvers.whitened_jacobian import WhitenedJacobian
 from fvp.typing import Params, PyTree
 
@@ -114,14 +121,16 @@ class DualFactor:
     """F + damping I, factorised in the space of examples x outputs; lives inside one trace."""
 
     jacobian: WhitenedJacobian
+    gram: Array  # A A^T
     factor: SemidefiniteFactor
     damping: Array
+    least: Array | float = 0.0  # of the damping of what is no gradient at the targets
 
     @classmethod
     def of(cls, jacobian: WhitenedJacobian, gram: Array, damping: Array) -> DualFactor:
         """From A and A A^T."""
         damping = damping.astype(gram.dtype)
-        return cls(jacobian, SemidefiniteFactor.of(gram, damping), damping)
+        return cls(jacobian, gram, SemidefiniteFactor.of(gram, damping), damping)
 
     def solve(self, rhs: Params, targets: Any = None) -> Params:
         """The x for ``rhs``, the gradient at ``targets`` and maybe more; see `solve_dual`."""
@@ -136,11 +145,20 @@ class DualFactor:
             return cast_like(tree_axpy(1, self._solve_rest(residual), x), rhs)
         # What is left by rounding is not divided by the damping.
         rest = above_noise(tree_axpy(-1, self.jacobian.transposed(w), wide), wide)
-        return cast_like(tree_axpy(1, self._solve_rows(w), self._solve_rest(rest)), rhs)
+        return cast_like(tree_axpy(1, self._solve_rows(w), self._enough()._solve_rest(rest)), rhs)
 
     def solve_outputs(self, u: Array) -> Params:
         """(F + damping I)^-1 J^T H_L u for a change ``u`` of the outputs, without cancellation."""
         return self._solve_rows(self.jacobian.images(u))
+
+    def _enough(self) -> DualFactor:
+        """The same with at least ``least`` damping."""
+        if isinstance(self.least, float):
+            return self
+        damping = jnp.maximum(self.damping, self.least)
+        again = lambda: SemidefiniteFactor.of(self.gram, damping)
+        factor = jax.lax.cond(self.damping < self.least, again, lambda: self.factor)
+        return dataclasses.replace(self, factor=factor, damping=damping)
 
     def _solve_rows(self, w: Array) -> Params:
         """A^T (A A^T + damping I)^-1 w."""
@@ -159,9 +177,19 @@ class Dual(DampedSolver):
 
     Damping and l2 are at least sqrt(eps) trace(F), as in `fvp.Dense`; with targets, whose
     gradient needs no difference, only the rounding of the factorisation itself, 8 eps trace(F).
+
+    Args:
+      qr: as in `fvp.Dense`, where every use of a parameter has a layer rule and examples do not
+        meet; weights are expected to be 0 or more.
     """
 
     direct: ClassVar[bool] = True
+
+    qr: bool = False
+
+    def without_damping(self) -> Dual:
+        """By QR where no damping is asked for."""
+        return dataclasses.replace(self, qr=True)
 
     def prepare(
         self, damped: DampedCurvature, moment: Moment, state: PyTree
@@ -171,11 +199,16 @@ class Dual(DampedSolver):
             raise reason
         jacobian = WhitenedJacobian.of(damped.operator)
         gram = jacobian.gram()
-        eps = float(jnp.finfo(gram.dtype).eps)
+        trace, eps = jnp.trace(gram), float(jnp.finfo(gram.dtype).eps)
         known = jacobian.coefficients(moment.targets) is not None
-        level = ROUNDING * eps if known else eps**0.5
-        damped, total = above_rounding(damped, gram, level, moment.norm)
-        factor = DualFactor.of(jacobian, gram, total)
+        if self.qr and known and jacobian.has_rows() and holds_digits(damped.operator):
+            damped, total, least = above_rounding_of_root(damped, trace, moment.norm)
+            factor = dual_factor(gram, lambda: jacobian.rows().T, total, least)
+            factor = DualFactor(jacobian, gram, factor, total, least)
+        else:
+            level = ROUNDING * eps if known else eps**0.5
+            damped, total = above_rounding(damped, level * trace, moment.norm)
+            factor = DualFactor.of(jacobian, gram, total)
         return DualSystem(damped, factor, moment.targets), state
 
 

@@ -12,10 +12,10 @@ from jax import Array
 
 from fvp.curvature import CurvatureOperator
 from fvp.curvature.linearization import Linearization
-from fvp.curvature.problem import apply_weights
 from fvp.layers.captured_batch import CapturedBatch, captured_rows
 from fvp.layers.chunks import CHUNK
-from fvp.layers.columns import less_mean, separated, shares_of
+from fvp.layers.columns import less_mean, score_coefficients, separated, shares_of
+from fvp.layers.dense import MOST_ENTRIES, gradient_rows
 from fvp.layers.gram import gram_matrix
 from fvp.numerics import cast_like, widen, widen_tree
 
@@ -70,17 +70,30 @@ class WhitenedJacobian:
             gram = less_mean(gram, self.captured.shares, axis)
         return gram.reshape(math.prod(sides[:2]), -1)
 
+    def has_rows(self) -> bool:
+        """Whether `rows` are to be had, and fit into memory."""
+        parameters = sum(s.size for s in jax.tree.leaves(self.operator.like))
+        entries = self.columns.shape[0] * self._examples() * parameters
+        plain = not self.captured.unmatched and not self.captured.separate
+        return plain and entries <= MOST_ENTRIES
+
+    def rows(self) -> Array:
+        """A, (K E, P), by layers."""
+        rows = gradient_rows(self.captured, self.columns)
+        rows = less_mean(rows, self.captured.shares, 1) if self.centered else rows
+        return rows.reshape(-1, rows.shape[-1])
+
     def coefficients(self, targets: Any) -> Array | None:
         """The w with A^T w = the gradient of the loss at ``targets``; None where it is not known.
 
         Up to entries where the root has no digits left, which are zero.
         """
-        root = self.operator.linearized.root()
-        if targets is None or root is None or root.score is None:
+        root, shares = self.operator.linearized.root(), self.captured.columns.shares
+        assert root is not None
+        event = score_coefficients(root, shares, targets)
+        if event is None:
             return None
         # The coefficient of a column is the entry of w where the unit vector behind it was one.
-        shares = self.captured.columns.shares
-        event = apply_weights(jnp.sqrt(shares), 1, root.score(targets))
         separate, size = self.captured.separate, event.shape[-1]
         order = [*separate, shares.ndim, *self.captured.layers.examples]
         rest = [axis for axis in range(event.ndim) if axis not in order]  # of length one
