@@ -137,10 +137,11 @@ def test_exact_solves_without_damping_stay_above_rounding(solver):
     updates, state = tx.update(gradient, tx.init(w), w, batch=x, targets=y)
     expected = np.linalg.lstsq(x, y - x @ w)[0]  # the least norm that solves it
     np.testing.assert_allclose(updates, expected, rtol=1e-5)
-    # With labels no rounding outside the range is left that damping would have to hide, and what is
-    # factorised is the root of F.
+    # With labels no rounding outside the range is left that damping would have to hide: it is that
+    # of the factorisation, of F in the dual solve, of its root in the dense one.
     eps, trace = np.finfo(float).eps, np.sum(np.square(x)) / 3
-    np.testing.assert_allclose(state.damping, (8 * eps) ** 2 * trace, rtol=1e-5)
+    level = {"dense": (8 * eps) ** 2, "dual": 8 * eps}[solver]
+    np.testing.assert_allclose(state.damping, level * trace, rtol=1e-5)
 
 
 def losses_of_searched_steps(model_fn, solver, params, batch, targets, count):

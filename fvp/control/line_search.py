@@ -20,10 +20,6 @@ def halving_search(loss: Callable[[Array], Array], before: Array) -> tuple[Array
     too long, as where the curvature vanishes. Where nothing is below ``before``, the best of all.
     """
 
-    def evaluate(length: Array) -> Array:
-        value = loss(length)
-        return jnp.where(jnp.isfinite(value), value, jnp.inf)
-
     def unfinished(carry: tuple[Array, Array, Array, Array]) -> Array:
         length, _, best, better = carry
         return ((best >= before) | better) & (length > 2.0**-FURTHER)
@@ -32,14 +28,15 @@ def halving_search(loss: Callable[[Array], Array], before: Array) -> tuple[Array
         length, at, best, _ = carry
         far = (best >= before) & (length <= 2.0**-HALVINGS)
         length = jnp.where(far, 0.0625, 0.5) * length
-        value = evaluate(length)
+        value = loss(length).astype(before.dtype)
+        value = jnp.where(jnp.isfinite(value), value, jnp.inf)
         better = value <= best  # of equal ones the shortest: a flat loss says nothing of length
         return length, jnp.where(better, length, at), jnp.where(better, value, best), better
 
-    one = jnp.ones((), jnp.float32)
-    _, length, best, _ = jax.lax.while_loop(
-        unfinished, halve, (one, one, evaluate(one), jnp.array(True))
-    )
+    # From twice the whole length: a first evaluation of its own would be compiled a second time.
+    two = jnp.full((), 2, jnp.float32)
+    start = two, two, jnp.full_like(before, jnp.inf), jnp.array(True)
+    _, length, best, _ = jax.lax.while_loop(unfinished, halve, start)
     return length, best
 
 

@@ -86,5 +86,5 @@ class Auto(DampedSolver):
                 return self.cg
             rows = operator.linearized.output.size
             if rows <= most_rows and rows < parameters and no_dual(operator) is None:
-                return Dual(qr=self.exact)
+                return Dual()
         return Dense(qr=self.exact) if parameters <= most_parameters else self.cg

@@ -98,8 +98,8 @@ def scale_by_fisher(
         are at most 4096 and fewer than the parameters, "dense" where the parameters are at most
         1024, and else "cg"; both limits are 8192 where steps may go without damping. The exact
         ones keep the damping above rounding: sqrt(eps) trace(F), or with ``targets=`` 8 eps
-        trace(F), and 64 eps^2 trace(F) where steps may go without, which then are solved by a QR
-        factorisation of the Jacobian. Strings are short names of the objects `fvp.CG`, `fvp.Dual`,
+        trace(F); where steps may go without, "dense" factorises the Jacobian, by QR, and needs
+        64 eps^2 trace(F) alone. Strings are short names of the objects `fvp.CG`, `fvp.Dual`,
         `fvp.Dense` and `fvp.Auto`; any other `fvp.DampedSolver` serves as well.
       maxiter: most CG iterations. None is 11; with adaptive damping, up to ten times as many while
         steps make little progress, gradients agree and CG ends at the limit.
@@ -219,8 +219,8 @@ def natural_gradient(
         are at most 4096 and fewer than the parameters, "dense" where the parameters are at most
         1024, and else "cg"; both limits are 8192 where steps may go without damping. The exact
         ones keep the damping above rounding: sqrt(eps) trace(F), or with ``targets=`` 8 eps
-        trace(F), and 64 eps^2 trace(F) where steps may go without, which then are solved by a QR
-        factorisation of the Jacobian. Strings are short names of the objects `fvp.CG`, `fvp.Dual`,
+        trace(F); where steps may go without, "dense" factorises the Jacobian, by QR, and needs
+        64 eps^2 trace(F) alone. Strings are short names of the objects `fvp.CG`, `fvp.Dual`,
         `fvp.Dense` and `fvp.Auto`; any other `fvp.DampedSolver` serves as well.
       maxiter: most CG iterations. None is 11; with adaptive damping, up to ten times as many while
         steps make little progress, gradients agree and CG ends at the limit.
