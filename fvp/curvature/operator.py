@@ -16,7 +16,7 @@ from fvp.curvature.chunked import Chunked, example_count
 from fvp.curvature.linearized import Linearize, LinearizedCurvature
 from fvp.curvature.problem import Problem
 from fvp.mesh import AxisName, sum_over, to_local
-from fvp.numerics import cast_like, power_of_two, widen
+from fvp.numerics import cast_like, power_of_two, wide_dtype, widen
 from fvp.records import Record
 from fvp.typing import Params, PyTree
 
@@ -31,9 +31,10 @@ class CurvatureOperator(Record):
     Attributes:
       linearized: the curvature of the summed loss.
       total: sum of the weights.
-      scale: a power of two that keeps sums in half precision in range.
+      scale: of what is summed, a power of two that keeps sums in half precision in range.
       template: structure, shapes and dtypes of the parameters.
       axis_name: mesh axes that the batch is split over inside ``shard_map``.
+      averaged: whether the scale is 1 / total instead, and sums are means.
       problem: what was linearised, for solvers that need more than products; None in chunks.
       layout: of outputs by name in the one array that ``linearized`` has; else None.
     """
@@ -43,6 +44,7 @@ class CurvatureOperator(Record):
     scale: Array
     template: Any = dataclasses.field(metadata={"static": True})
     axis_name: AxisName = dataclasses.field(metadata={"static": True})
+    averaged: bool = dataclasses.field(metadata={"static": True})
     problem: Problem | None = None
     layout: Any = dataclasses.field(default=None, metadata={"static": True})
 
@@ -57,10 +59,13 @@ class CurvatureOperator(Record):
         # A model in half precision sums over examples in half precision: neither a sum of large
         # terms nor terms divided by a large total beforehand would stay in its range, but terms
         # near 1 / sqrt(count) do. A power of two, so that nothing is rounded.
-        scale = power_of_two(math.sqrt(count) / jnp.abs(total))
+        # In wider dtypes 1 / total does as well, and saves a pass over the parameters at the end.
+        wide = all(x.dtype == wide_dtype(x.dtype) for x in (*shapes, *jax.tree.leaves(z)))
+        averaged = wide and problem.weights is None
+        scale = 1 / total if averaged else power_of_two(math.sqrt(count) / jnp.abs(total))
         kept = problem if keep else None
         template, layout = (structure, shapes), problem.model.layout
-        return cls(linearized, total, scale, template, problem.axis_name, kept, layout)
+        return cls(linearized, total, scale, template, problem.axis_name, averaged, kept, layout)
 
     @property
     def like(self) -> Any:
@@ -154,7 +159,8 @@ class CurvatureOperator(Record):
         # Where all weights are zero the total is infinite, and nothing that was summed counts.
         none = self.total == jnp.inf
         mean = lambda x: jnp.where(none, 0, widen(x) / (self.total * self.scale))
-        return cast_like(jax.tree.map(mean, sum_over(tree, self.axis_name)), tree)
+        summed = sum_over(tree, self.axis_name)
+        return summed if self.averaged else cast_like(jax.tree.map(mean, summed), tree)
 
     def __repr__(self) -> str:
         size = sum(math.prod(leaf.shape) for leaf in self.template[1])
