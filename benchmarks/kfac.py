@@ -20,10 +20,11 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from _environments import environment
 from _measure import timed
 from jax.flatten_util import ravel_pytree
-from no_tuning import Runner, environment
-from peers import METHODS, candidates, head_of
+from no_tuning import Runner
+from peers import METHODS, PEERS, candidates, head_of
 from tasks import TASKS, UNTRAINABLE, init_mlp, mlp, transformer
 from tqdm import tqdm
 
@@ -82,7 +83,7 @@ def beside_kfac_jax(output: pathlib.Path) -> dict[str, dict[str, Any]]:
     with tqdm(unit="run") as progress:
         train = Runner("digits", 20, output, progress)
         cost = Runner("wide", UNTRAINABLE["wide"]().steps, output, progress)
-        python = environment("kfac-jax", output)
+        python = environment("kfac-jax", PEERS["kfac-jax"], output)
         gradient = seconds_per_step(cost.run("sgd", {"learning_rate": 0.01}))
         rows: dict[str, dict[str, Any]] = {}
         for name, interpreter in (("fvp-kfac", sys.executable), ("kfac-jax", python)):

@@ -25,6 +25,7 @@ from typing import Any
 
 import matplotlib
 import numpy as np
+from _environments import environment
 from peers import PEERS, candidates
 from tasks import TASKS
 from tqdm import tqdm
@@ -100,19 +101,6 @@ def tuned_learning_rate(run: Callable[[Record], Record], low: int, high: int) ->
         low, high = low - (best == 0), high + (best > 0)
 
 
-def environment(peer: str, output: pathlib.Path) -> str:
-    """The interpreter of a virtual environment with the peer, which is made where it is missing."""
-    folder = (output / f"env-{peer}").absolute()
-    python = folder / "bin" / "python"
-    create = [] if python.exists() else [[sys.executable, "-m", "venv", str(folder)]]
-    install = [str(python), "-m", "pip", "install", "--quiet", *PEERS[peer]]
-    for command in (*create, install):
-        done = subprocess.run(command, capture_output=True, text=True)
-        if done.returncode:
-            raise RuntimeError((done.stderr or done.stdout).splitlines()[0])
-    return str(python)
-
-
 def contest(runner: Runner, peers: list[str], seeds: int) -> dict[str, list[Record]]:
     """All runs of one task that the table shows, by row."""
 
@@ -129,7 +117,8 @@ def contest(runner: Runner, peers: list[str], seeds: int) -> dict[str, list[Reco
     }
     for peer in peers:
         try:
-            limits: Any = {"seconds": seconds, "python": environment(peer, runner.output)}
+            python = environment(peer, PEERS[peer], runner.output)
+            limits: Any = {"seconds": seconds, "python": python}
         except RuntimeError as error:
             rows[peer] = [{"options": {}, "error": f"not installed: {error}"}]
             continue
