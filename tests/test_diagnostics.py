@@ -58,7 +58,7 @@ def test_the_part_of_noise_is_told_where_its_rule_is_on():
     assert fvp.describe(state).endswith("; 25% of what steps claimed was noise")
     learned = state.noise.learned._replace(length=jnp.float32(0.01))
     leads = state.noise._replace(leads=jnp.array(True), learned=learned)
-    expected = "step 1: noise leads; to the average, length 0.01"
+    expected = "step 1: noise leads; a step to the average of iterates, length 0.01"
     assert fvp.describe(state._replace(noise=leads)) == expected
 
 

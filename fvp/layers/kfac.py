@@ -76,7 +76,8 @@ def kfac(
 
     Returns:
       A `KFAC`: ``K @ v``, ``K.solve(v, damping)``, ``K.inverse(damping)`` for ``M=`` of
-      `fvp.cg`, ``K.trace()``, ``K.logdet()``, ``K.dense()``, ``K.coverage``.
+      `fvp.cg`, ``K.trace()``, ``K.logdet()``, ``K.dense()`` in ``ravel_pytree`` order,
+      ``K.coverage``.
 
     Raises:
       ValueError: naming parameter and primitive where there is no layer rule and no fallback.

@@ -89,7 +89,8 @@ def describe(state: Any) -> str:
     if not value["step"]:
         return step + "nothing was done yet"
     if value.get("noise_leads"):
-        verdict = "to the average" if value["accepted"] else "rejected, not finite"
+        averaged = "a step to the average of iterates"
+        verdict = averaged if value["accepted"] else "rejected, not finite"
         return step + f"noise leads; {verdict}, length {value['length']:.3g}"
     text = step + ("accepted" if value["accepted"] else "rejected, the update is zero")
     text += f"; damping {value['damping']:.3g}, {value['iterations']:.0f} iterations"
