@@ -41,7 +41,9 @@ class SemidefiniteFactor(NamedTuple):
         """Factorises once, for any number of solves."""
         damping = jnp.asarray(damping, matrix.dtype)[..., None]
         shifted = matrix + damping[..., None] * jnp.eye(matrix.shape[-1], dtype=matrix.dtype)
-        cholesky = jnp.linalg.cholesky(shifted)
+        # LAPACK reads columns: of the transpose, the same matrix, products in rows need no copies.
+        columns = jnp.swapaxes(shifted, -2, -1)
+        cholesky = jnp.linalg.cholesky(columns, symmetrize_input=False)
         good = jnp.all(jnp.isfinite(cholesky))
 
         def eigenvalues() -> tuple[Array, Array]:
