@@ -66,8 +66,10 @@ class WhitenedRows:
 
     @classmethod
     def of(cls, operator: CurvatureOperator) -> WhitenedRows | None:
-        """By layers, in one backward pass for each column; where rows meet, or layers are not
-        matched, in one JVP for each parameter; None where neither is to be had.
+        """The rows of ``operator``, or None where they are not to be had.
+
+        By layers, in one backward pass for each column; where rows meet, or layers are not matched,
+        in one JVP for each parameter.
         """
         problem, z = operator.problem, operator.linearized.output
         root, jacobian = operator.linearized.root(), operator.linearized.jacobian
