@@ -150,23 +150,16 @@ def tree_norm(tree: PyTree) -> Array:
     # Squares of the largest and of the least numbers are in range once these are scaled by it.
     far = 2.0 ** (0.75 * info.maxexp)
 
-    def unfinished(last: tuple[Array, Array, Array]) -> Array:
-        number, _, squares = last
-        in_range = (squares > info.tiny / info.eps) & (squares < info.max)
-        return (number == 0) | ((number == 1) & ~in_range)
-
-    def another(last: tuple[Array, Array, Array]) -> tuple[Array, Array, Array]:
-        number, scale, squares = last
-        rescaled = jnp.where(squares < 1, far, 1 / far).astype(info.dtype)
-        scale = jnp.where(number == 0, scale, rescaled)
+    def norm(scale: ArrayLike) -> Array:
         scaled = [leaf * scale for leaf in leaves]
-        return number + 1, scale, tree_vdot(scaled, scaled).astype(info.dtype)
+        return jnp.sqrt(tree_vdot(scaled, scaled).astype(info.dtype)) / scale
 
-    # A loop and not a choice between two norms: the inner product is compiled once.
-    one = jnp.ones((), info.dtype)
-    first = jnp.zeros((), jnp.int32), one, one
-    _, scale, squares = jax.lax.while_loop(unfinished, another, first)
-    return jnp.sqrt(squares) / scale
+    # No loop over the two, although they would be compiled once: XLA makes one kernel of a loop so
+    # small on CPU, and LLVM takes minutes for it.
+    squares = tree_vdot(leaves, leaves).astype(info.dtype)
+    in_range = (squares > info.tiny / info.eps) & (squares < info.max)
+    scale = jnp.where(squares < 1, far, 1 / far).astype(info.dtype)
+    return jax.lax.cond(in_range, lambda: jnp.sqrt(squares), lambda: norm(scale))
 
 
 def unit(tree: PyTree, norm: Array | None = None) -> PyTree:

@@ -71,17 +71,37 @@ def test_words_for_steps_of_every_kind():
     assert "pass its loss as value_fn=" in fvp.describe(wrong)
 
 
-def test_the_state_of_an_nnx_optimizer():
+@pytest.mark.parametrize("behind", [False, True])
+@pytest.mark.parametrize("damping", [0.5, None])
+def test_the_state_of_an_nnx_optimizer(damping, behind):
     nnx = pytest.importorskip("flax.nnx")
     import fvp.nnx
 
     net = nnx.Linear(2, 3, rngs=nnx.Rngs(0))
-    tx = fvp.natural_gradient(1.0, fvp.nnx.model_fn, HEAD, damping=0.5)
+    tx = fvp.natural_gradient(1.0, fvp.nnx.model_fn, HEAD, damping=damping)
+    if behind:
+        tx = optax.chain(tx, optax.clip_by_global_norm(1.0))
     optimizer = nnx.Optimizer(net, tx, wrt=nnx.Param)
     x = X.astype(jnp.float32)
-    grads = nnx.grad(lambda net: HEAD.nll(net(x), Y).mean())(net)
-    optimizer.update(net, grads, batch=fvp.nnx.snapshot(net, x))
-    assert fvp.diagnostics(optimizer.opt_state)["damping"] == 0.5
+
+    @nnx.jit
+    def step(net, optimizer):
+        grads = nnx.grad(lambda net: HEAD.nll(net(x), Y).mean())(net)
+        optimizer.update(net, grads, batch=fvp.nnx.snapshot(net, x), targets=Y)
+        return fvp.diagnostics(optimizer)
+
+    compiled = step(net, optimizer)
+    for state in (optimizer, optimizer.opt_state):
+        numbers = fvp.diagnostics(state)
+        assert numbers.keys() == compiled.keys()
+        jax.tree.map(np.testing.assert_array_equal, numbers, compiled)
+        assert fvp.describe(state).startswith("step 1: accepted; damping ")
+    assert ("noise_leads" in numbers) == (damping is None)
+
+
+def test_the_state_of_another_nnx_optimizer():
+    nnx = pytest.importorskip("flax.nnx")
+    net = nnx.Linear(2, 3, rngs=nnx.Rngs(0))
     other = nnx.Optimizer(net, optax.adam(0.1), wrt=nnx.Param)
     for state in (other, other.opt_state, nnx.state(other)):
         with pytest.raises(ValueError, match="found none"):

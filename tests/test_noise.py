@@ -167,6 +167,25 @@ def test_no_single_slope_moves_the_length_far(slope):
     assert 0.85 < after.length / learned.length < 1.2
 
 
+def test_no_direction_is_more_than_twice_as_long_as_those_before_it():
+    learned = LearnedLength.unknown()._replace(length=jnp.float32(0.5))
+    learned, length = learned.shortened(jnp.float32(9))
+    assert length == 0.5
+    for square in [1.0, 0.0, 4.0] * 60:
+        learned, length = learned.shortened(jnp.float32(square))
+        assert length == 0.5
+    _, length = learned.shortened(jnp.float32(1e4))
+    typical = (1 + 4) / 2  # zeros do not count
+    np.testing.assert_allclose(length * 1e2, 0.5 * 2 * typical**0.5, rtol=0.1)
+    # Where they stay that long, steps follow by 5% each.
+    lengths = []
+    for _ in range(100):
+        learned, length = learned.shortened(jnp.float32(1e4))
+        lengths.append(float(length))
+    assert max(np.divide(lengths[1:], lengths[:-1])) < 1.06
+    assert lengths[-1] == 0.5
+
+
 def test_steps_that_are_never_taken_leave_everything_finite():
     # A learning rate of zero behind the transformation: every slope is downhill.
     x, y = digits()
@@ -367,6 +386,32 @@ def test_small_batches_with_nothing_set_never_rise_above_the_start(make, batch_s
     assert noise_of(state).leads
     assert losses[20:].max() <= first
     assert losses[-1] < 0.6
+
+
+@pytest.mark.parametrize(("make", "seed"), [(natural_gradient, 0), (scale_by_kfac, 1)])
+def test_batches_that_are_all_fitted_stay_so(make, seed):
+    """Long after the loss is below rounding, in epochs: the batch that is least fitted leads then.
+
+    Its direction is ten or more times as long as all others; the loss jumped by that to 1.
+    """
+    x, y = (2 * digits()[0] - 1)[::4], digits()[1][::4]
+    rng, size = np.random.default_rng(seed), 8
+    epochs = [rng.permutation(len(x))[: len(x) // size * size] for _ in range(60)]
+    tx, params = make(), start(seed, 64)
+
+    def step(carry, rows):
+        params, state = carry
+        gradient = jax.grad(loss)(params, x[rows], y[rows])
+        updates, state = tx.update(gradient, state, params, batch=x[rows], targets=y[rows])
+        params = optax.apply_updates(params, updates)
+        return (params, state), loss(params, x, y)
+
+    rows = jnp.asarray(np.concatenate(epochs)).reshape(-1, size)
+    train = jax.jit(lambda carry: jax.lax.scan(step, carry, rows)[1])
+    losses = np.asarray(train((params, tx.init(params))))
+    fitted = np.argmax(losses < 1e-6)
+    assert 0 < fitted < len(losses) // 2
+    assert losses[fitted:].max() < 1e-4
 
 
 @either

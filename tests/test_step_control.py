@@ -1,6 +1,7 @@
 """Step control: adaptive damping, rejection, KL bounds, momentum, l2, against dense algebra."""
 
 import functools
+import itertools
 
 import jax
 import jax.numpy as jnp
@@ -893,3 +894,25 @@ MODEL, HEAD = lambda w, x: x @ w, fvp.Softmax()
 def test_wrong_arguments_raise_where_the_transform_is_made(error, words, call):
     with pytest.raises(error, match=words):
         call()
+
+
+def test_no_loop_over_a_small_model_is_compiled_as_one_kernel():
+    """XLA does so on CPU with loops of few bytes, and LLVM takes ten times as long as for all else.
+
+    The loops of its own random numbers, which are such, are not in a step.
+    """
+    sizes = [8, 32, 32, 32, 2]
+    params = [jnp.ones(shape) for shape in itertools.pairwise(sizes)]
+
+    def model_fn(params, x):
+        for w in params[:-1]:
+            x = jnp.tanh(x @ w)
+        return x @ params[-1]
+
+    head, x, y = fvp.Softmax(), jnp.ones((16, 8)), jnp.zeros(16, int)
+    tx = fvp.natural_gradient(1.0, model_fn, head)
+    grads = jax.grad(lambda params: head.nll(model_fn(params, x), y).mean())(params)
+    step = lambda grads, state, params: tx.update(grads, state, params, batch=x, targets=y)
+    compiled = jax.jit(step).lower(grads, tx.init(params), params).compile()
+    assert " while(" in compiled.as_text()
+    assert "small_call" not in compiled.as_text()

@@ -11,6 +11,7 @@ from jax import Array
 _FIRST, _SLOWER, _LAST = 2.0, 4.0, 0.01  # rate max(1 / (2 + slopes / 4), 0.01)
 _MEMORY = 0.9
 _LASTING, _UPHILL = 1 - 1 / 30, -0.5
+_LONGEST = 2.0
 _LARGEST = 2.0**63  # so that sums of steps stay finite where others never let them be taken
 
 
@@ -27,6 +28,10 @@ class LearnedLength(NamedTuple):
     of the steep ones and would last for many steps. So half of the movement is that of a second
     slope, in which every coordinate counts by its noise, however flat it is.
 
+    Such slopes tell of directions that are as long as those before were. Once most batches are
+    fitted, the one that is not has a direction that is ten times longer, so each is shortened to at
+    most twice the root mean square of the last thirty: steps may grow, but by 5% each.
+
     Reference:
       A. Gunes Baydin et al., Online learning rate adaptation with hypergradient descent, 2018; on
       the haste of one step: Y. Wu et al., Understanding short-horizon bias in stochastic
@@ -39,11 +44,13 @@ class LearnedLength(NamedTuple):
     weight: Array  # decaying count of them
     slopes: Array  # their number
     lasting: Array  # running average from 0 of slopes over their root mean squares
+    norms: Array  # running average from 0 of the squared norms of shortened directions
+    directions: Array  # running average from 0 of one for each of them
 
     @classmethod
     def unknown(cls) -> LearnedLength:
         """Before the first step; one buffer for each field, so that it can be donated."""
-        return cls(*(jnp.zeros((), jnp.float32) for _ in range(6)))
+        return cls(*(jnp.zeros((), jnp.float32) for _ in range(8)))
 
     def learned(self, slope: Array, whitened: Array) -> LearnedLength:
         """After the slopes of a fresh gradient along the last steps: above zero is downhill.
@@ -62,7 +69,31 @@ class LearnedLength(NamedTuple):
         relative = jnp.where(known, jnp.mean(relative), 0)
         length = jnp.minimum(self.length * jnp.exp(rate * relative), _LARGEST)
         lasting = _LASTING * self.lasting + (1 - _LASTING) * relative
-        return LearnedLength(length, sums[0], sums[1], weight, self.slopes + known, lasting)
+        return self._replace(
+            length=length,
+            squares=sums[0],
+            squares_of_whitened=sums[1],
+            weight=weight,
+            slopes=self.slopes + known,
+            lasting=lasting,
+        )
+
+    def shortened(self, square: Array) -> tuple[LearnedLength, Array]:
+        """The next step's length, along a direction whose squared norm is ``square``.
+
+        Also this after it; a direction of zeros leaves it as it is.
+        """
+        square = square.astype(jnp.float32)
+        known = self.directions > 0
+        typical = self.norms / jnp.where(known, self.directions, 1)
+        shortened = jnp.where(known, jnp.minimum(square, _LONGEST**2 * typical), square)
+        moves = shortened > 0
+        average = lambda old, new: jnp.where(moves, _LASTING * old + (1 - _LASTING) * new, old)
+        part = jnp.sqrt(shortened / jnp.where(moves, square, 1))
+        after = self._replace(
+            norms=average(self.norms, shortened), directions=average(self.directions, 1)
+        )
+        return after, jnp.where(moves, part, 1) * self.length
 
     @property
     def only_uphill(self) -> Array:

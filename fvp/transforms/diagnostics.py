@@ -104,13 +104,18 @@ def describe(state: Any) -> str:
 
 
 def _found(state: Any) -> NaturalGradientState:
-    """The one state of fvp in ``state``."""
+    """The one state of fvp in ``state``, with plain arrays in it."""
     is_one = lambda x: isinstance(x, NaturalGradientState)
     states = lambda tree: [x for x in jax.tree.leaves(tree, is_leaf=is_one) if is_one(x)]
+    if any(map(_is_of_flax, jax.tree.leaves(state, is_leaf=_is_of_flax))):
+        state = pure_state(state)
     found = states(state)
-    if not found and type(state).__module__.startswith("flax."):
-        found = states(pure_state(state))
     if len(found) != 1:
         number = "several" if found else "none"
         raise ValueError(f"state: expected the state of one transformation of fvp, found {number}")
     return found[0]
+
+
+def _is_of_flax(x: Any) -> bool:
+    """Whether ``x`` is an optimizer or a variable of Flax NNX."""
+    return type(x).__module__.startswith("flax.")

@@ -54,7 +54,8 @@ def noise_step(
     first = _first_length(noise.claims, jnp.sqrt(square), size)
     learned = learned._replace(length=jnp.where(last == 0, first, learned.length))
     longer = learned.length / jnp.where(last == 0, learned.length, last)
-    rate = (options.rate(state.count) * learned.length).astype(jnp.float32)
+    learned, length = learned.shortened(tree_vdot(direction, direction))
+    rate = (options.rate(state.count) * length).astype(jnp.float32)
     anew = learned.only_uphill
     learned = learned._replace(lasting=jnp.where(anew, 0, learned.lasting))
     average, step = noise.average.stepped(direction, rate, longer, anew)
