@@ -16,6 +16,7 @@ from fvp.curvature import (
     OutputCurvature,
     Problem,
     SampledCurvature,
+    TrueVersusRest,
     empirical_fisher,
     empirical_fisher_vector_product,
     fisher,
@@ -52,6 +53,7 @@ from fvp.preconditioners import (
     diagonal_preconditioner,
     nystrom_preconditioner,
 )
+from fvp.residuals import stack_residuals
 from fvp.solvers import (
     CG,
     Auto,
@@ -136,6 +138,7 @@ __all__ = [
     "Softmax",
     "StudentT",
     "Summary",
+    "TrueVersusRest",
     "cg",
     "compare_curvatures",
     "confidence_intervals",
@@ -171,6 +174,7 @@ __all__ = [
     "scale_by_kfac",
     "score_fisher",
     "solve_dual",
+    "stack_residuals",
     "standard_errors",
     "summary",
     "trace",

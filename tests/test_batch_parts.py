@@ -122,6 +122,74 @@ def test_examples_that_meet_are_noticed(model):
         fvp.fisher_diagonal(model, HEAD, PARAMS, batch)
 
 
+@pytest.mark.parametrize(("inside", "edge"), [(5, 1), (5, 2), (4, 4), (1, 5)])
+def test_a_part_that_does_not_read_its_points(inside, edge):
+    """The slope of a straight line is the same everywhere: a parameter, as often as it is asked."""
+    batch, w = {"inside": jnp.ones(inside), "edge": jnp.linspace(0, 0.5, edge)}, jnp.ones(2)
+
+    def model(w, batch):
+        u = lambda x: w[0] + w[1] * x
+        return jnp.concatenate([jax.vmap(jax.grad(u))(batch["inside"]), u(batch["edge"])])
+
+    arguments = model, fvp.Gaussian(event_ndim=0), w, batch
+    jacobian = jax.jacobian(model)(w, batch)
+    dense = jacobian.T @ jacobian / (inside + edge)
+    assert relative_error(fvp.fisher(*arguments).dense(), dense) < 1e-14
+    assert relative_error(fvp.fisher_diagonal(*arguments), jnp.diag(dense)) < 1e-14
+    solution = fvp.solve_dual(fvp.fisher(*arguments), w, 0.1)
+    assert relative_error(solution, jnp.linalg.solve(dense + 0.1 * jnp.eye(2), w)) < 1e-13
+
+
+# Residuals of several kinds ----------------------------------------------------------------------
+
+
+def kinds(params, parts):
+    """Two of the equations, for two components each, and one for the edge."""
+    jacobian = jax.vmap(jax.jacfwd(lambda x: network(params, x[None])[0]))(parts[0])[:, 0]
+    return {"equations": jacobian, "edge": network(params, parts[1])[:, 0] - 1}
+
+
+@pytest.mark.parametrize("weights", [None, {"edge": 10.0}, {"edge": 0.0, "equations": 2.0}])
+def test_the_mean_of_stacked_residuals_is_the_sum_of_their_means(weights):
+    parts, head = (POINTS[:9], POINTS[9:]), fvp.Gaussian(event_ndim=0)
+    model = lambda params, parts: fvp.stack_residuals(kinds(params, parts), weights)
+    flat, unravel = ravel_pytree(PARAMS)
+
+    def loss(flat):
+        weight = {"equations": 1.0, "edge": 1.0} | (weights or {})
+        found = kinds(unravel(flat), parts)
+        return sum(weight[k] * 0.5 * (found[k] ** 2).sum() / len(found[k]) for k in found)
+
+    F = fvp.fisher(model, head, PARAMS, parts)
+    assert F.output.shape == (23,)
+    _, gradient = F.value_and_grad(jnp.zeros(23))
+    assert relative_error(ravel_pytree(gradient)[0], jax.grad(loss)(flat)) < 1e-13
+    jacobian = jax.jacobian(lambda flat: model(unravel(flat), parts))(flat)
+    assert relative_error(F.dense(), jacobian.T @ jacobian / 23) < 1e-13
+    solution = fvp.solve_dual(F, gradient, 1e-2, targets=jnp.zeros(23))
+    assert (
+        relative_error(
+            ravel_pytree(F @ solution)[0] + 1e-2 * ravel_pytree(solution)[0],
+            ravel_pytree(gradient)[0],
+        )
+        < 1e-11
+    )
+
+
+@pytest.mark.parametrize(
+    ("residuals", "weights", "match"),
+    [
+        ({}, None, "at least one kind"),
+        ({"a": jnp.ones(3)}, {"b": 1.0}, r"expected those of \['a'\], got \['b'\]"),
+        ({"a": jnp.ones(())}, None, r"for 'a', got shape \(\)"),
+        ({"a": jnp.ones((0, 2))}, None, r"for 'a', got shape \(0, 2\)"),
+    ],
+)
+def test_residuals_that_are_none_are_named(residuals, weights, match):
+    with pytest.raises(ValueError, match=match):
+        fvp.stack_residuals(residuals, weights)
+
+
 def test_stacked_residuals_cost_a_jacobian_and_a_product():
     """Burgers' equation with its edge, as often as a hand-written J^T J by vmap(grad)."""
     inside, edge = jnp.asarray(rng.uniform(size=(640, 2))), jnp.asarray(rng.uniform(size=(120, 2)))

@@ -86,6 +86,8 @@ CALLS = {
     "Product": lambda: fvp.Product({"a": fvp.Poisson()}).nll({"a": X}, {"a": X}),
     "ReductionRatio": lambda: damped_by(fvp.ReductionRatio()),
     "SampledCurvature": lambda: fvp.mc_fisher(*PROBLEM, KEY).linearized.curvature.scores,
+    "TrueVersusRest": lambda: curved_by(fvp.TrueVersusRest),
+    "stack_residuals": lambda: fvp.stack_residuals({"inside": X, "edge": X[0]}),
     "gauss_newton": lambda: curved_by(fvp.FisherCurvature),
     "gauss_newton_vector_product": lambda: fvp.gauss_newton_vector_product(
         fvp.FisherCurvature, *PROBLEM, PARAMS

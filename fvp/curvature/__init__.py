@@ -24,6 +24,7 @@ from fvp.curvature.products import (
     gauss_newton_vector_product,
     ggn_vector_product,
 )
+from fvp.curvature.true_versus_rest import TrueVersusRest
 
 __all__ = [
     "CurvatureOperator",
@@ -34,6 +35,7 @@ __all__ = [
     "OutputCurvature",
     "Problem",
     "SampledCurvature",
+    "TrueVersusRest",
     "empirical_fisher",
     "empirical_fisher_vector_product",
     "fisher",

@@ -132,6 +132,16 @@ def _concatenate(eqn: Equation, axes: Axes, count: int) -> AxisInfo:
     return None if starts else BatchAxis(dim).of(part, count)
 
 
+def in_operand(eqn: Equation, position: int, batch: AxisInfo, count: int) -> AxisInfo:
+    """The batch axis in one operand, from that in the output: a part of it in a concatenation."""
+    dim = eqn.params.get("dimension")
+    if eqn.primitive.name != "concatenate" or not isinstance(batch, BatchAxis) or batch.dim != dim:
+        return batch
+    sizes = [var.aval.shape[dim] for var in eqn.invars]
+    start = batch.stretch(count).start + sum(sizes[:position])
+    return batch.of(Part(start, sizes[position]), count)
+
+
 def _slice(eqn: Equation, axes: Axes, count: int) -> AxisInfo:
     """Whole batch axes, and consecutive examples."""
     batch, shape = _operand(eqn, axes)

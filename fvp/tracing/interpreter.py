@@ -21,7 +21,7 @@ from jax.extend.core import Literal
 from fvp.compatibility import JIT, bind
 from fvp.tracing import control_flow
 from fvp.tracing.batch_axes import AxisInfo
-from fvp.tracing.batch_axis_rules import ELEMENTWISE
+from fvp.tracing.batch_axis_rules import ELEMENTWISE, in_operand
 from fvp.tracing.derivative_rules import CUSTOM_RULES, rule_is_of_body
 from fvp.tracing.derived import derived
 from fvp.tracing.jaxprs import Equation, Jaxpr, inner_jaxpr
@@ -181,7 +181,9 @@ class Interpreter:
                 uses += [(use, recorded_operand(use, operand)) for use in found]
             elif name in _ALIGNED:
                 shape = eqn.outvars[0].aval.shape if name in ELEMENTWISE else None
-                inputs[position] = self.materialize(inputs[position], name, batch_axes, shape)
+                pairs = zip(batch_axes, self.counts, strict=True)
+                own = tuple(in_operand(eqn, position, *pair) for pair in pairs)
+                inputs[position] = self.materialize(inputs[position], name, own, shape)
             else:
                 self.leave_unmatched(inputs[position], name)
         return uses, inputs
