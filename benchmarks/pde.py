@@ -47,6 +47,9 @@ class Equation:
       features: of a point, the network's input.
       relative: whether errors are divided by the norm of the solution.
       published: what is known of others.
+      edge_weight: of the mean square at the edge; that inside counts once.
+      spread: standard deviation of normal initial values; None for uniform ones, as wide as layers
+        of their width want.
     """
 
     inside: Callable[..., Any]
@@ -59,6 +62,8 @@ class Equation:
     features: Callable[[Any], Any] = lambda x: x
     relative: bool = False
     anew: bool = False
+    edge_weight: float = 1.0
+    spread: float | None = None
 
 
 def second(u, x, axis):
@@ -84,6 +89,15 @@ def square_points(interior, edge):
         return rng.uniform(size=(interior, 2)), on_edge
 
     return points
+
+
+def grid_points(rng):
+    """Of the unit square: the 784 inner points of a grid of 30 lines, and its 116 outer ones."""
+    del rng
+    line = np.linspace(0, 1, 30)
+    grid = np.stack(np.meshgrid(line, line, indexing="ij"), -1).reshape(-1, 2)
+    outer = ((grid == 0) | (grid == 1)).any(1)
+    return grid[~outer], grid[outer]
 
 
 def poisson(widths, interior, published):
@@ -151,6 +165,13 @@ def burgers_residual(u, x):
 
 
 EQUATIONS = {
+    "poisson 129": dataclasses.replace(
+        poisson((2, 32, 1), 784, "fails for 3 of 10 seeds, the script of 2302.13163"),
+        points=grid_points,
+        edge_weight=4.0,
+        spread=0.1,
+        relative=True,
+    ),
     "poisson 257": poisson(
         (2, 64, 1), 900, "1.1e-6 after 15 s, a hand-written step on the same CPU"
     ),
@@ -190,10 +211,15 @@ EQUATIONS = {
 }
 
 
-def init(rng, widths):
+def init(rng, widths, spread=None):
+    def values(inputs, shape):
+        bound = inputs**-0.5
+        uniform = spread is None
+        return rng.uniform(-bound, bound, shape) if uniform else spread * rng.normal(size=shape)
+
     layers = []
     for inputs, outputs in pairwise(widths):
-        draw = lambda *shape, bound=inputs**-0.5: jnp.asarray(rng.uniform(-bound, bound, shape))
+        draw = lambda *shape, inputs=inputs: jnp.asarray(values(inputs, shape))
         layers.append({"w": draw(inputs, outputs), "b": draw(outputs)})
     return layers
 
@@ -208,7 +234,7 @@ def network(equation, params, x):
 def train(name, seed, seconds, dtype, solver):
     """Seconds, errors and losses after every step; and the seconds of compilation."""
     equation, rng = EQUATIONS[name], np.random.default_rng(seed)
-    params = jax.tree.map(lambda p: p.astype(dtype), init(rng, equation.widths))
+    params = jax.tree.map(lambda p: p.astype(dtype), init(rng, equation.widths, equation.spread))
     kinds: dict[str, Callable[..., Any]] = {"inside": equation.inside}
     if equation.edge is not None:
         kinds["edge"] = equation.edge
@@ -218,26 +244,26 @@ def train(name, seed, seconds, dtype, solver):
         return {"inside": inside, "edge": edge} if "edge" in kinds else {"inside": inside}
 
     batch = draw()
-    shares = [jnp.full(len(points), 1 / len(points), dtype) for points in batch.values()]
-    weights = jnp.concatenate(shares)  # the mean of each kind
+    targets = jnp.zeros(sum(map(len, batch.values())), dtype)
 
     def residuals(params, batch):
         u = lambda x: network(equation, params, x)
         of = lambda residual: jax.vmap(lambda x: residual(u, x))
-        return jnp.concatenate([of(kinds[name])(batch[name]) for name in batch])
+        found = {name: of(kinds[name])(batch[name]) for name in batch}
+        edge = {"edge": equation.edge_weight} if "edge" in found else None
+        return fvp.stack_residuals(found, weights=edge)
 
     tx = fvp.natural_gradient(
         1.0, residuals, HEAD, solver=solver, line_search="loss", geodesic=True
     )
-    targets = jnp.zeros_like(weights)
 
     @jax.jit
     def step(params, state, batch):
-        operator = fvp.fisher(residuals, HEAD, params, batch, weights=weights)
-        value, gradient = operator.value_and_grad(targets)
-        data = {"batch": batch, "targets": targets, "weights": weights}
+        operator = fvp.fisher(residuals, HEAD, params, batch)
+        loss, (_, gradient) = jnp.mean(operator.output**2) / 2, operator.value_and_grad(targets)
+        data = {"batch": batch, "targets": targets}
         updates, state = tx.update(gradient, state, params, operator=operator, **data)
-        return optax.apply_updates(params, updates), state, value
+        return optax.apply_updates(params, updates), state, loss
 
     evaluation = jnp.asarray(equation.everywhere(rng), dtype)
     expected = jnp.asarray(equation.solution(evaluation))
@@ -256,10 +282,10 @@ def train(name, seed, seconds, dtype, solver):
         while spent < seconds:
             batch = draw() if equation.anew else batch
             start = time.perf_counter()
-            params, state, value = jax.block_until_ready(compiled(params, state, batch))
+            params, state, loss = jax.block_until_ready(compiled(params, state, batch))
             spent += time.perf_counter() - start
-            curve.append((spent, float(error(params)), float(value)))
-            progress.set_postfix(error=f"{curve[-1][1]:.1e}", loss=f"{float(value):.1e}")
+            curve.append((spent, float(error(params)), float(loss)))
+            progress.set_postfix(error=f"{curve[-1][1]:.1e}", loss=f"{float(loss):.1e}")
             progress.update()
     return curve, compilation
 
