@@ -31,6 +31,17 @@ def check_inexact_tree(tree: Any, name: str) -> Any:
     return jax.tree_util.tree_map_with_path(check, tree)
 
 
+def check_arrays(tree: Any, name: str) -> None:
+    """Raises where a leaf is neither an array nor a number: a function, say."""
+    for path, leaf in jax.tree_util.tree_leaves_with_path(tree):
+        if not hasattr(leaf, "shape") and not isinstance(leaf, (float, int)):
+            raise TypeError(
+                f"{name}{jax.tree_util.keystr(path)}: expected arrays alone, got"
+                f" {type(leaf).__name__}. The parameters of an Equinox module are the first of"
+                " eqx.partition(net, eqx.is_inexact_array); model_fn combines them with the second."
+            )
+
+
 def check_like(tree: Any, like: Any, name: str, like_name: str, *, cast: bool = True) -> Any:
     """Raises unless ``tree`` has the structure and shapes of ``like``; ``cast`` to its dtypes."""
     structure, expected = jax.tree.structure(tree), jax.tree.structure(like)

@@ -85,7 +85,15 @@ def model_fn(params: Any, batch: Snapshot) -> Any:
     """The module as a pure function; pass it to ``fvp.fisher`` or ``fvp.natural_gradient``.
 
     Changes that the call makes to the module's state are discarded: the gradient pass makes them.
+
+    Raises:
+      TypeError: where ``batch`` is none of `snapshot`.
     """
+    if not isinstance(batch, Snapshot):
+        raise TypeError(
+            f"batch: expected fvp.nnx.snapshot(net, x), got {type(batch).__name__}; take it before"
+            " the gradient pass."
+        )
     is_constant = lambda x: isinstance(x, _Constant)
     args, kwargs = jax.tree.map(
         lambda x: x.value if is_constant(x) else x, batch.inputs, is_leaf=is_constant

@@ -3,6 +3,7 @@
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
 
 import fvp
@@ -370,3 +371,29 @@ def test_chunks_along_axes_that_do_not_exist(build):
         trace(build, "fisher", chunk_size=4, batch_axes=(0, 0))
     with raises(ValueError, "batch_axes"):
         trace(build, "fisher", chunk_size=4, batch_axes=None)
+
+
+# --- Parameters of the transformations --------------------------------------------------------
+
+TRANSFORMS = {
+    "adaptive": lambda: fvp.natural_gradient(1.0, model, SOFTMAX),
+    "damping": lambda: fvp.scale_by_fisher(model, SOFTMAX, damping=0.1),
+    "kfac": lambda: fvp.scale_by_kfac(model, SOFTMAX),
+}
+
+
+@pytest.mark.parametrize("make", TRANSFORMS.values(), ids=TRANSFORMS)
+def test_parameters_that_are_not_arrays_name_the_leaf(make):
+    for leaf in (jax.nn.relu, "relu", object()):
+        with raises(TypeError, r"params\['act'\]", type(leaf).__name__, "eqx.partition"):
+            make().init({**PARAMS, "act": leaf})
+
+
+@pytest.mark.parametrize("make", TRANSFORMS.values(), ids=TRANSFORMS)
+def test_parameters_that_are_absent_masked_or_shapes_are_none_of_these(make):
+    init = make().init
+    shapes = jax.eval_shape(lambda: PARAMS)
+    rest = {"none": None, "masked": optax.MaskedNode(), "numpy": np.ones(2)}
+    for params in ({**PARAMS, **rest}, shapes):
+        init(params)
+    jax.eval_shape(init, {**shapes, "none": None})

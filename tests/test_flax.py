@@ -119,6 +119,15 @@ def test_the_curvature_pass_leaves_the_module_as_it_was():
     jax.tree.map(np.testing.assert_array_equal, before, after)
 
 
+@pytest.mark.parametrize("batch", [X[0], {"x": X[0]}, (X[0], Y[0])], ids=["array", "dict", "tuple"])
+def test_a_batch_that_is_no_snapshot_is_an_error(batch):
+    net = Net(nnx.Rngs(0))
+    optimizer = nnx.Optimizer(net, transform(), wrt=nnx.Param)
+    grads = nnx.grad(lambda net: HEAD.nll(net(X[0]), Y[0]).mean())(net)
+    with pytest.raises(TypeError, match=r"batch: expected fvp.nnx.snapshot\(net, x\), got "):
+        optimizer.update(net, grads, batch=batch, targets=Y[0])
+
+
 def test_chunks_split_the_inputs_and_share_the_rest():
     net = Net(nnx.Rngs(0))
     net.eval()

@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from fvp.checks import check_like
+from fvp.checks import check_arrays, check_like
 from fvp.compilation import compiled_when_eager
 from fvp.curvature import CurvatureOperator, Problem
 from fvp.curvature.gauss_newton import gauss_newton_of
@@ -32,6 +32,7 @@ def build_transform(options: Options) -> optax.GradientTransformationExtraArgs:
 
     def init(params: Params) -> NaturalGradientState:
         register_with_flax()
+        check_arrays(params, "params")
         problem = lambda params, batch: problem_at(options, params, Data(batch))
         setting = Setting(params, options.rule.adapts, problem)
         # One array for each field: a buffer that stands in two places cannot be donated.
