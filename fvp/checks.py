@@ -107,6 +107,11 @@ def _with_axes(name: str, shape: tuple[int, ...], rank: int) -> str:
     return f"{name}[{', '.join([':'] * rank + ['None'] * (len(shape) - rank))}]"
 
 
+def counted(number: int, noun: str) -> str:
+    """Such as "1 step" and "2 steps", for messages."""
+    return f"{number} {noun}{'' if number == 1 else 's'}"
+
+
 def check_positive_int(value: Any, name: str) -> None:
     """Raises unless ``value`` is a Python integer of at least 1."""
     if isinstance(value, bool) or not isinstance(value, (int, np.integer)):

@@ -71,6 +71,36 @@ def test_words_for_steps_of_every_kind():
     assert "pass its loss as value_fn=" in fvp.describe(wrong)
 
 
+UNKNOWN = "; the loss is unknown, so that noise is not looked for: pass targets= or value_fn="
+
+
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda: fvp.natural_gradient(1.0, model_fn, HEAD),
+        lambda: optax.chain(fvp.scale_by_kfac(model_fn, HEAD), optax.scale(-0.1)),
+    ],
+    ids=["natural_gradient", "scale_by_kfac"],
+)
+def test_words_for_a_loss_that_nobody_gave(make):
+    tx = make()
+    step = lambda state, **loss: tx.update(gradient(W), state, W, batch=X, **loss)[1]
+    state = step(step(tx.init(W)))
+    assert fvp.describe(state).endswith(UNKNOWN)
+    nll = lambda w, x: HEAD.nll(model_fn(w, x), Y).mean()
+    for loss in ({"targets": Y}, {"value_fn": nll}):
+        known = step(state, **loss)
+        assert not fvp.describe(known).endswith(UNKNOWN)
+        assert not fvp.describe(step(known)).endswith(UNKNOWN)
+    # One that was given, but is not finite, is not unknown; nor is one that noise has no part in.
+    lost = step(tx.init(W), value_fn=lambda w, x: jnp.nan * nll(w, x))
+    assert "rejected" in fvp.describe(lost)
+    assert not fvp.describe(lost).endswith(UNKNOWN)
+    fixed = fvp.scale_by_fisher(model_fn, HEAD, damping=fvp.LevenbergMarquardt())
+    _, state = fixed.update(gradient(W), fixed.init(W), W, batch=X)
+    assert not fvp.describe(state).endswith(UNKNOWN)
+
+
 @pytest.mark.parametrize("behind", [False, True])
 @pytest.mark.parametrize("damping", [0.5, None])
 def test_the_state_of_an_nnx_optimizer(damping, behind):

@@ -105,6 +105,8 @@ def test_parameters_of_the_null_directions_are_named(dtype, units):
     for i, named in enumerate([True, True, True, False]):
         assert (f"params['slopes'][{i}, 0]" in message) is named
     assert "params['unused']" in message
+    with pytest.raises(ValueError, match="singular, with 1 null direction, of "):
+        fvp.standard_errors(model, fvp.Gaussian(), {"slopes": params["slopes"]}, x)
 
 
 def test_badly_scaled_parameters_are_not_singular():

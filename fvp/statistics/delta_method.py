@@ -12,7 +12,7 @@ from jax.core import Tracer
 from jax.flatten_util import ravel_pytree
 from jax.typing import ArrayLike
 
-from fvp.checks import check_inexact_tree
+from fvp.checks import check_inexact_tree, counted
 from fvp.curvature import CurvatureOperator
 from fvp.numerics import tree_vdot, widen, widen_tree
 from fvp.solvers import cg
@@ -119,9 +119,9 @@ def _by_solves(
     if not isinstance(converged, Tracer) and not converged:
         raise ValueError(
             "information: conjugate gradients did not converge in"
-            f" {info.iterations.max()} iterations, to a relative residual of {tol}. Either it is"
-            " singular (fvp.parameter_covariance names the null directions), or maxiter= or tol= is"
-            " too small."
+            f" {counted(info.iterations.max(), 'iteration')}, to a relative residual of {tol}."
+            " Either it is singular (fvp.parameter_covariance names the null directions), or"
+            " maxiter= or tol= is too small."
         )
     inner = jax.vmap(jax.vmap(tree_vdot, (None, 0)), (0, None))
     variance = inner(rows, solutions) / information.total

@@ -10,6 +10,7 @@ import numpy as np
 from jax import Array
 from jax.core import Tracer
 
+from fvp.checks import counted
 from fvp.numerics import widen
 from fvp.statistics.parameter_names import entry_names, listed
 from fvp.typing import Params
@@ -74,13 +75,14 @@ class InvertedInformation(NamedTuple):
         involved = listed(names[(moves > 0.1 * moves.max(0)).any(1)].tolist())
         if np.any(values < -floor):
             raise ValueError(
-                f"params: the {kind} information has {np.sum(values < -floor)} negative"
-                f" eigenvalues, in directions of {involved}: this is no minimum of the loss. Fit"
-                ' the model first, or take kind="expected".'
+                f"params: the {kind} information has"
+                f" {counted(np.sum(values < -floor), 'negative eigenvalue')}, in directions of"
+                f" {involved}: this is no minimum of the loss. Fit the model first, or take"
+                ' kind="expected".'
             )
         raise ValueError(
-            f"params: the {kind} information is singular, with {null.sum()} null directions, of"
-            f" {involved}: the data don't tell these parameters apart. Drop or fix some of them"
-            f" (smallest eigenvalue {values[0]:.1e}, rounding {floor:.1e}, in {values.dtype};"
-            " float64 resolves more)."
+            f"params: the {kind} information is singular, with"
+            f" {counted(null.sum(), 'null direction')}, of {involved}: the data don't tell these"
+            " parameters apart. Drop or fix some of them (smallest eigenvalue"
+            f" {values[0]:.1e}, rounding {floor:.1e}, in {values.dtype}; float64 resolves more)."
         )

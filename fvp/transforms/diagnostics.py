@@ -9,6 +9,7 @@ import jax.numpy as jnp
 from jax import Array
 from jax.core import Tracer
 
+from fvp.checks import counted
 from fvp.compatibility import pure_state
 from fvp.transforms.state import NaturalGradientState
 
@@ -77,7 +78,7 @@ def describe(state: Any) -> str:
       >>> tx = fvp.natural_gradient(1.0, model_fn, head, damping=0.5)
       >>> _, state = tx.update(w, tx.init(w), w, batch=x)
       >>> print(fvp.describe(state))
-      step 1: accepted; damping 0.5, 1 iterations, residual 0, predicted KL divergence 0.5
+      step 1: accepted; damping 0.5, 1 iteration, residual 0, predicted KL divergence 0.5
     """
     numbers = diagnostics(state)
     if any(isinstance(value, Tracer) for value in numbers.values()):
@@ -93,13 +94,17 @@ def describe(state: Any) -> str:
         verdict = averaged if value["accepted"] else "rejected, not finite"
         return step + f"noise leads; {verdict}, length {value['length']:.3g}"
     text = step + ("accepted" if value["accepted"] else "rejected, the update is zero")
-    text += f"; damping {value['damping']:.3g}, {value['iterations']:.0f} iterations"
+    text += f"; damping {value['damping']:.3g}, {counted(int(value['iterations']), 'iteration')}"
     text += f", residual {value['residual_norm']:.3g}"
     text += f", predicted KL divergence {value['predicted_kl']:.3g}"
     if value["gradient_mismatch"]:
         text += "; the gradient is not that of the loss at targets=: pass its loss as value_fn="
     if value.get("fitted_noise", 0) > 0:
         text += f"; {value['fitted_noise']:.0%} of what steps claimed was noise"
+    noise = _found(state).noise
+    # A step that is accepted on a loss leaves its claim and its square behind.
+    if noise is not None and value["accepted"] and not noise.claims.known and noise.square == 0:
+        text += "; the loss is unknown, so that noise is not looked for: pass targets= or value_fn="
     return text
 
 
