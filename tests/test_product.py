@@ -299,7 +299,8 @@ def test_gradient_with_respect_to_the_weights():
 def test_what_does_not_fit_is_said_at_trace_time():
     head, other = head_of(False), {**Z, "flag": Z["flag"][:4]}
     trace = lambda function, *args: jax.eval_shape(function, *args)
-    with pytest.raises(ValueError, match=r"same batch axes in all outputs.*'flag': \(4,\)"):
+    unequal = r"same batch axes in all outputs.*'flag': \(4,\).*fvp.stack_residuals"
+    with pytest.raises(ValueError, match=unequal):
         trace(head.mean, other)
     with pytest.raises(ValueError, match=r"names \['count', 'flag', 'kind'\], got \['kind'\]"):
         trace(head.mean, {"kind": Z["kind"]})

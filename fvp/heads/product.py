@@ -93,7 +93,9 @@ class Product(Head):
         shapes = {part: head.batch_shape(z[part]) for part, head in self.heads.items()}
         if len(set(shapes.values())) > 1:
             raise ValueError(
-                f"{name}: Product expects the same batch axes in all outputs, got {shapes}."
+                f"{name}: Product expects the same batch axes in all outputs, got {shapes};"
+                " residuals of unequal numbers of rows become one vector by fvp.stack_residuals, under"
+                " one head (see 'Exact steps' in the documentation of layers)."
             )
 
     def check_targets(self, z: Any, y: Any) -> Any:
