@@ -15,7 +15,7 @@ Examples:
   ...     batch = fvp.nnx.snapshot(model, x)
   ...     loss = lambda model: fvp.Softmax().nll(model(x), y).mean()
   ...     value, grads = nnx.value_and_grad(loss)(model)
-  ...     optimizer.update(model, grads, batch=batch)
+  ...     optimizer.update(model, grads, batch=batch, targets=y)
   ...     return value
   >>> x, y = jnp.eye(3), jnp.array([0, 1, 1])
   >>> bool(step(model, optimizer, x, y) > step(model, optimizer, x, y))
