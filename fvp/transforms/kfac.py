@@ -51,8 +51,10 @@ def scale_by_kfac(
 
     It is `fvp.scale_by_fisher` with ``solver=fvp.KFACSolver(...)``: ``update`` takes the same
     keywords, options of the same name mean the same, and the state is the same, with the factors in
-    its ``solver``. Where anything is not finite or, under adaptive damping, the loss does not fall,
-    the update is zeros and ``accepted`` in the state is False.
+    its ``solver``. ``targets`` are labels: adaptive damping tries each step on their mean nll and,
+    with nothing set, noise is looked for; the curvatures "ggn" and "empirical" need them. Where
+    anything is not finite or, under adaptive damping, the loss does not fall, the update is zeros
+    and ``accepted`` in the state is False.
 
     Args:
       model_fn: pure function ``model_fn(params, batch) -> z``.
@@ -61,7 +63,7 @@ def scale_by_kfac(
         an optax schedule, with which no step is tried, or a `fvp.DampingRule`. None is
         ``fvp.ReductionRatio(initial_damping)``, which adapts it by the reduction of the loss on the
         batch, compared with that of the quadratic model (Levenberg-Marquardt), until the noise of
-        the batches leads, as in `fvp.scale_by_fisher`.
+        the batches leads (see **Noise** in `fvp.scale_by_fisher`).
       initial_damping: where that adaptation starts.
       curvature: the exact curvature that chooses the length; as in `fvp.scale_by_fisher`.
       example_batch: a batch, or a tree of ``jax.ShapeDtypeStruct`` like one, from which ``init``

@@ -51,13 +51,13 @@ def scale_by_fisher(
     ``update`` takes ``params`` and the keywords
 
     - ``batch``: what ``model_fn`` reads;
-    - ``targets``: labels, for the curvatures "ggn" and "empirical";
+    - ``targets``: labels: adaptive damping tries each step on their mean nll and, with nothing set,
+      noise is looked for; the curvatures "ggn" and "empirical" need them;
     - ``weights``: as in `fvp.fisher`;
     - ``operator``: a curvature operator that the caller built, instead of ``batch``, so that
       gradient and curvature share one linearisation (``operator.value_and_grad(targets)``);
     - ``all_params``: the whole parameter tree, under ``optax.masked`` or ``optax.partition``: the
-      model is evaluated on it, and the curvature is the exact block of the unmasked leaves.
-
+      model is evaluated on it, and the curvature is the exact block of the unmasked leaves;
     - ``value_fn``, and ``value``: the loss as ``value_fn(params, batch)``, and its value at
       ``params``; adaptive damping tries the step on it, or else on the head's mean nll at
       ``targets``, or without both on the KL divergence that it makes. Pass it where the gradient
@@ -71,15 +71,15 @@ def scale_by_fisher(
     by more than a tenth at the last rejected step, and stays False where no step is tried.
 
     **Noise.** With nothing set (``damping``, ``max_kl``, ``line_search``, ``geodesic``) and the
-    loss known, what a step claims is held against the next batch: noise leads as soon as, over the
-    last ten steps, the loss of fresh batches has fallen by less than half of what steps achieved
-    on their own. The last step is then taken back, or some ten where the loss has risen, and from
-    there on no batch is solved for: the direction is the gradient over the root of its averaged
-    squares, in the eigenbases of its averaged outer products along the axes of a parameter; steps
-    go to the average of where such directions lead; and their length is learned from the slope of
-    the next batch along them. A learning rate multiplies that length, which makes up for slow
-    changes of it: no schedule is needed. ``state.noise.leads`` says whether noise leads; full
-    batches never get there.
+    loss known, what a step claims is held against the next batch: noise leads as soon as the loss
+    of fresh batches has fallen by less than half of what steps achieved on their own, in sums with
+    a memory of ten steps; in small batches the second step may find that. The last step is then
+    taken back, or some ten where the loss has risen, and from there on no batch is solved for: the
+    direction is the gradient over the root of its averaged squares, in the eigenbases of its
+    averaged outer products along the axes of a parameter; steps go to the average of where such
+    directions lead; and their length is learned from the slope of the next batch along them. A
+    learning rate multiplies that length, which makes up for slow changes of it: no schedule is
+    needed. ``state.noise.leads`` says whether noise leads; full batches never get there.
     ``damping=fvp.LevenbergMarquardt()`` goes on solving whatever the batches are.
 
     Args:
@@ -89,8 +89,8 @@ def scale_by_fisher(
         which no step is tried and nothing adapts: too small a number can diverge; or a
         `fvp.DampingRule` such as `fvp.LevenbergMarquardt`, which adapts it and
         rejects bad steps. None, the default, takes the latter until the noise of the batches
-        leads (see below). With an exact solver and ``line_search="loss"`` it is 0 as long as the
-        search leaves 1/16 of a step, and else follows how much that is.
+        leads (see **Noise** above). With an exact solver and ``line_search="loss"`` it is 0 as long
+        as the search leaves 1/16 of a step, and else follows how much that is.
       curvature: "fisher", "ggn" or "empirical", or a subclass of `fvp.OutputCurvature`.
       solver: "cg"; "dual", an exact solve in the space of examples x outputs
         (`fvp.solve_dual`; pass ``targets=`` to keep its digits at tiny damping); "dense", an
@@ -195,12 +195,19 @@ def natural_gradient(
 ) -> optax.GradientTransformationExtraArgs:
     """Natural-gradient descent: -learning_rate (F + damping I)^-1 g, like ``optax.adam``.
 
-    ``update`` takes ``params`` and the keywords ``batch``, what ``model_fn`` reads; ``targets``,
-    ``weights``, ``value_fn`` and ``value``, which say what the loss is, so that adaptive damping
-    can try the step on it; ``operator``, a curvature operator that the caller built; and
-    ``all_params`` under ``optax.masked`` or ``optax.partition``. `scale_by_fisher` says more
-    of each. The gradient must be that of the mean loss over the same batch and weights. What is
-    tried is the step that is returned, the learning rate included; a rejected step is zeros.
+    ``update`` takes ``params`` and the keywords
+
+    - ``batch``: what ``model_fn`` reads;
+    - ``targets``: labels: adaptive damping tries each step on their mean nll and, with nothing set,
+      noise is looked for; the curvatures "ggn" and "empirical" need them;
+    - ``value_fn``, and ``value``: another loss to try steps on, ``value_fn(params, batch)``;
+    - ``weights``, ``operator``, ``all_params``: as in `scale_by_fisher`, which says more of each.
+
+    The gradient must be that of the mean loss over the same batch and weights. What is tried is the
+    step that is returned, the learning rate included; a rejected step is zeros. With nothing set,
+    and the loss known, the noise of mini-batches comes to lead: no batch is solved for from there
+    on, and steps along whitened gradients go to an average of iterates, at a length that is
+    learned.
 
     Args:
       learning_rate: number or optax schedule that multiplies the direction; 1 is Newton's step.
@@ -210,8 +217,8 @@ def natural_gradient(
         which no step is tried and nothing adapts: too small a number can diverge; or a
         `fvp.DampingRule` such as `fvp.LevenbergMarquardt`, which adapts it and
         rejects bad steps. None, the default, takes the latter until the noise of the batches
-        leads (see below). With an exact solver and ``line_search="loss"`` it is 0 as long as the
-        search leaves 1/16 of a step, and else follows how much that is.
+        leads (see **Noise** in `scale_by_fisher`). With an exact solver and ``line_search="loss"``
+        it is 0 as long as the search leaves 1/16 of a step, and else follows how much that is.
       curvature: "fisher", "ggn" or "empirical", or a subclass of `fvp.OutputCurvature`.
       solver: "cg"; "dual", an exact solve in the space of examples x outputs
         (`fvp.solve_dual`; pass ``targets=`` to keep its digits at tiny damping); "dense", an
