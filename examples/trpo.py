@@ -3,11 +3,11 @@
     python examples/trpo.py
     python examples/trpo.py --seeds 3 4 5
 
-Conjugate gradients multiply the policy gradient by the inverse of the policy's Fisher. The step is
-as long as the Fisher says that the bound allows, and is shortened until the exact divergence is
-within the bound and the surrogate improves. The natural gradient fits the value of a state, the
-baseline of generalised advantage estimation. Draws the return against environment steps, and
-evaluates the final policy, whose actions are sampled there too.
+The policy takes natural-gradient steps that are as long as the bound allows, by `max_kl=` and
+`constant_kl=`: their exact divergence is at most 5% above it. `line_search=` halves a step until
+the surrogate improves. The natural gradient also fits the value of a state, the baseline of
+generalised advantage estimation. Draws the return against environment steps, and evaluates the
+final policy, whose actions are sampled there too.
 
 J. Schulman et al., Trust region policy optimization, 2015, and High-dimensional continuous control
 using generalized advantage estimation, 2016.
@@ -33,7 +33,7 @@ import matplotlib.pyplot as plt
 POLICY, VALUE = fvp.Softmax(), fvp.Gaussian()
 LONGEST, SOLVED = 500, 475  # steps of an episode; the mean return that counts as solved
 DISCOUNT, TRACE_DECAY = 0.99, 0.97
-MAX_KL, DAMPING = 0.01, 1e-3
+MAX_KL = 0.01
 
 
 def network(params, x):
@@ -112,37 +112,38 @@ def estimate_advantages(value, batch):
     return advantages, advantages + now
 
 
-@jax.jit
 def standardise(x, weights):
     x = x - jnp.average(x, weights=weights)
     return x / jnp.sqrt(jnp.average(x**2, weights=weights))
 
 
+def logits(policy, batch):
+    return network(policy, batch["observations"])
+
+
+def surrogate(policy, batch):
+    """Minus the mean advantage, each times how much likelier its action is than it was."""
+    before = POLICY.nll(batch["logits"], batch["actions"])
+    ratio = jnp.exp(before - POLICY.nll(logits(policy, batch), batch["actions"]))
+    return -jnp.average(ratio * batch["advantages"], weights=batch["weights"])
+
+
+TRPO = fvp.natural_gradient(
+    1.0, logits, POLICY, damping=1e-3, max_kl=MAX_KL, constant_kl=True, line_search="loss"
+)
+
+
 @jax.jit
-def surrogate(policy, old_logits, batch, advantages):
-    """The mean advantage, each times how much likelier its action is than when it was taken."""
-    old = POLICY.nll(old_logits, batch["actions"])
-    new = POLICY.nll(network(policy, batch["observations"]), batch["actions"])
-    return jnp.average(jnp.exp(old - new) * advantages, weights=batch["weights"])
-
-
-surrogate_and_gradient = jax.jit(jax.value_and_grad(surrogate))
-
-
-def improve(policy, batch, advantages):
-    """The policy after one step, and its exact divergence from the one before."""
-    observations, weights = batch["observations"], batch["weights"]
-    fisher = fvp.fisher(network, POLICY, policy, observations, weights=weights)
-    objective = (fisher.output, batch, standardise(advantages, weights))
-    before, gradient = surrogate_and_gradient(policy, *objective)
-    direction, _ = fvp.cg(fisher, gradient, damping=DAMPING, maxiter=10)
-    longest = jnp.sqrt(2 * MAX_KL / fisher.quadratic_form(direction))
-    for length in longest * 0.8 ** np.arange(15):
-        new = jax.tree.map(lambda p, d, length=length: p + length * d, policy, direction)
-        kl = fvp.kl_divergence(network, POLICY, policy, new, observations, weights=weights)
-        if kl <= MAX_KL and surrogate(new, *objective) > before:
-            return new, float(kl)
-    return policy, 0.0
+def improve(policy, state, batch, advantages):
+    """The policy and the state after one step, and its exact divergence from the one before."""
+    weights = batch["weights"]
+    advantages = standardise(advantages, weights)
+    batch = {**batch, "advantages": advantages, "logits": logits(policy, batch)}
+    gradient = jax.grad(surrogate)(policy, batch)
+    data = {"batch": batch, "weights": weights, "value_fn": surrogate}
+    updates, state = TRPO.update(gradient, state, policy, **data)
+    new = optax.apply_updates(policy, updates)
+    return new, state, fvp.kl_divergence(logits, POLICY, policy, new, batch, weights=weights)
 
 
 @jax.jit
@@ -166,15 +167,15 @@ def train(seed, environments, iterations):
     """The policy, its (environment steps, mean return) while it learned, and each divergence."""
     for_policy, for_value, for_actions = jax.random.split(jax.random.key(seed), 3)
     policy, value = initial(for_policy, outputs=2), initial(for_value, outputs=1)
-    curve, divergences, steps = [], [], 0
+    state, curve, divergences, steps = TRPO.init(policy), [], [], 0
     for number in (progress := tqdm(range(iterations), f"seed {seed}")):
         batch = collect(environments, policy, jax.random.fold_in(for_actions, number))
         advantages, targets = estimate_advantages(value, batch)
-        policy, kl = improve(policy, batch, advantages)
+        policy, state, kl = improve(policy, state, batch, advantages)
         value = fit_value(value, batch, targets)
         steps += int(batch["weights"].sum())
         curve.append((steps, returns(batch).mean()))
-        divergences.append(kl)
+        divergences.append(float(kl))
         progress.set_postfix({"return": f"{curve[-1][1]:.0f}", "divergence": f"{kl:.4f}"})
     return policy, np.array(curve), divergences
 
