@@ -34,13 +34,28 @@ class Head(Record, abc.ABC):
     but for ``event_ndim`` and those marked ``dataclasses.field(metadata={"static": True})``.
     A head of plain numbers is hashable and can be a static argument of ``jax.jit``.
 
-    A new head implements the abstract methods, which see ``z`` in the computing dtype, and ``y`` as
-    it came. Where z is the natural parameter, derive from `NaturalHead`, which states that
-    the Hessian of the nll is the Fisher; otherwise ``_hessian`` is its own. Targets that are not
-    shaped like ``z`` override ``_check_targets``; a nll with normalising constants may give
-    ``_relative_nll`` without them, on which steps are tried.
+    Of a log-density, a sampler and a mean `FromDistribution` makes a head: try that first. A class
+    of your own defines these methods, which see ``z`` in the computing dtype, and ``y`` as it came:
+
+    - ``_nll(self, z, y)``: -log r(y given z), constants included and summed over the event axes,
+      ``self.event_axes()``; the shape is that of the batch axes;
+    - ``_mean(self, z)``: E[y given z], of the shape of targets;
+    - ``_sample(self, key, z, dtype)``: one y for each example, as ``_nll`` takes it, in ``dtype``
+      where it is floating-point;
+    - ``_score(self, z, y)``: the gradient of log r(y given z) in z, of the shape of ``z``;
+    - ``_fisher(self, z, u)``: F_R(z) u, where F_R = E_y[score score^T]; shape of ``z``, as ``u``;
+    - ``_hessian(self, z, y, u)``: the Hessian of the nll times u; shape of ``z``. Where z is the
+      natural parameter it is the Fisher: derive from `NaturalHead`, which has it;
+    - ``_sqrt_fisher(self, z, w)`` and ``_sqrt_fisher_transpose(self, z, u)``: S w and S^T u, with
+      S S^T = F_R(z); ``w``, ``u`` and the results have the shape of ``z``;
+    - ``_kl(self, z, z_new)``: KL(r(z) to r(z_new)), over the batch axes.
+
+    Targets that are not shaped like ``z`` override ``_check_targets``; a nll with normalising
+    constants may give ``_relative_nll`` without them, on which steps are tried.
 
     Examples:
+      In natural parameters:
+
       >>> import dataclasses, jax, jax.numpy as jnp, fvp
       >>> @dataclasses.dataclass(frozen=True)
       ... class Exponential(fvp.NaturalHead):
@@ -66,6 +81,54 @@ class Head(Record, abc.ABC):
       >>> F = fvp.fisher(lambda w, x: x @ w, Exponential(), w, x)
       >>> print(F @ jnp.ones((1, 1)))  # mean of x^2 / z^2 with z = -x / 2
       [[4.]]
+
+      In others, with the methods held against derivatives and samples:
+
+      >>> @dataclasses.dataclass(frozen=True)
+      ... class NegativeBinomial(fvp.Head):
+      ...     "Counts of the mean m = e^z and the variance m + m^2 / size."
+      ...     size: float
+      ...     def _nll(self, z, y):
+      ...         log, r = jax.scipy.special.gammaln, self.size
+      ...         nll = (y + r) * jnp.logaddexp(z, jnp.log(r)) - y * z - r * jnp.log(r)
+      ...         constant = log(y + 1.0) + log(r) - log(y + r)
+      ...         return jnp.sum(nll + constant, axis=self.event_axes())
+      ...     def _mean(self, z):
+      ...         return jnp.exp(z)
+      ...     def _sample(self, key, z, dtype):
+      ...         first, second = jax.random.split(key)
+      ...         rate = jnp.exp(z) * jax.random.gamma(first, self.size, z.shape) / self.size
+      ...         return jax.random.poisson(second, rate).astype(dtype)
+      ...     def _score(self, z, y):
+      ...         return (y - jnp.exp(z)) * self._weight(z)
+      ...     def _fisher(self, z, u):
+      ...         return jnp.exp(z) * self._weight(z) * u
+      ...     def _hessian(self, z, y, u):
+      ...         return (y + self.size) * self._weight(z) * (1 - self._weight(z)) * u
+      ...     def _sqrt_fisher(self, z, w):
+      ...         return jnp.sqrt(jnp.exp(z) * self._weight(z)) * w
+      ...     def _sqrt_fisher_transpose(self, z, u):
+      ...         return self._sqrt_fisher(z, u)
+      ...     def _kl(self, z, z_new):
+      ...         d, share = z_new - z, 1 - self._weight(z)
+      ...         gap = jnp.log1p(share * jnp.expm1(d)) - share * d
+      ...         return jnp.sum((jnp.exp(z) + self.size) * gap, axis=self.event_axes())
+      ...     def _weight(self, z):
+      ...         return self.size / (self.size + jnp.exp(z))
+      >>> head, z, u = NegativeBinomial(2.0), jnp.ones((400_000, 1)), jnp.ones((400_000, 1))
+      >>> y = 3 * u
+      >>> nll = lambda z: head.nll(z, y).sum()
+      >>> bool(jnp.allclose(head.score(z, y), -jax.grad(nll)(z)))
+      True
+      >>> hessian = jax.jvp(jax.grad(nll), (z,), (u,))[1]
+      >>> bool(jnp.allclose(head.hessian(z, y, u), hessian))
+      True
+      >>> squares = head.sampled_score(jax.random.key(0), z) ** 2
+      >>> bool(abs(squares.mean() / head.fisher(z, u).mean() - 1) < 0.02)
+      True
+      >>> divergence = jax.hessian(lambda d: head.kl(z[:1], z[:1] + d).sum())(0.0)
+      >>> bool(jnp.allclose(divergence, head.fisher(z[:1], u[:1])))
+      True
     """
 
     STATIC: ClassVar[frozenset[str]] = frozenset({"event_ndim"})
