@@ -107,7 +107,7 @@ def _with_axes(name: str, shape: tuple[int, ...], rank: int) -> str:
     return f"{name}[{', '.join([':'] * rank + ['None'] * (len(shape) - rank))}]"
 
 
-def counted(number: int, noun: str) -> str:
+def counted(number: Any, noun: str) -> str:
     """Such as "1 step" and "2 steps", for messages."""
     return f"{number} {noun}{'' if number == 1 else 's'}"
 

@@ -22,7 +22,7 @@ Examples:
   ... def step(state, x, y):
   ...     loss = lambda params: fvp.Softmax().nll(model_fn(params, x), y).mean()
   ...     value, grads = jax.value_and_grad(loss)(state.params)
-  ...     return state.apply_gradients(grads=grads, batch=x), value
+  ...     return state.apply_gradients(grads=grads, batch=x, targets=y), value
   >>> state, before = step(state, x, y)
   >>> state, after = step(state, x, y)
   >>> bool(after < before)
