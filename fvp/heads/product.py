@@ -94,8 +94,8 @@ class Product(Head):
         if len(set(shapes.values())) > 1:
             raise ValueError(
                 f"{name}: Product expects the same batch axes in all outputs, got {shapes};"
-                " residuals of unequal numbers of rows become one vector by fvp.stack_residuals, under"
-                " one head (see 'Exact steps' in the documentation of layers)."
+                " residuals of unequal numbers of rows become one vector by fvp.stack_residuals,"
+                " under one head (see 'Exact steps' in the documentation of layers)."
             )
 
     def check_targets(self, z: Any, y: Any) -> Any:
