@@ -209,7 +209,7 @@ def test_conjugate_gradient_vectors_are_sharded_as_the_parameters(layout, axis_t
     loops = loop_state_shapes(at.solve)
     # The first layer's weights are no residual of the model, so that only vectors have its shape.
     local_shape = at.shardings["w1"].shard_shape(PARAMS["w1"].shape)
-    # Solution, residual, direction; and the loop of a norm has one vector.
-    assert sorted(carried.count(local_shape) for carried in loops)[-2:] == [1, 3]
+    # Solution, residual, direction.
+    assert max(carried.count(local_shape) for carried in loops) == 3
     assert all(PARAMS["w1"].shape not in carried for carried in loops)
     assert at.holds(at.solve.output_shardings)
