@@ -9,7 +9,7 @@ from jax import Array
 
 # docs/decisions/steps.md
 _FIRST, _SLOWER, _LAST = 2.0, 4.0, 0.01  # rate max(1 / (2 + slopes / 4), 0.01)
-_MEMORY = 0.9
+_MEMORY, _SMALL = 0.9, 0.1
 _LASTING, _UPHILL = 1 - 1 / 30, -0.5
 _LONGEST = 2.0
 _LARGEST = 2.0**63  # so that sums of steps stay finite where others never let them be taken
@@ -22,9 +22,9 @@ class LearnedLength(NamedTuple):
     where they ended, since that batch had no part in them. While it still points downhill steps are
     too short, and else too long: the logarithm of the length moves by the slope over its root mean
     square, times a rate r that falls from a half to a hundredth over the first 392 slopes. So no
-    units matter. The mean is over 1 / r slopes, or ten where that is less. No slope counts more
-    than one root of it, so that no batch matters much, unless it moves the logarithm by less than a
-    tenth: many batches that are fitted would outvote the rare one that is not.
+    units matter. No slope counts more than one root of that mean, so that no batch matters much,
+    unless it moves the logarithm by less than a tenth: many batches that are fitted would outvote
+    the rare one that is not.
 
     That is too soon for coordinates of little curvature, whose slopes are small against the noise
     of the steep ones and would last for many steps. So half of the movement is that of a second
@@ -63,10 +63,10 @@ class LearnedLength(NamedTuple):
         powers = jnp.square(both)
         known = jnp.all(jnp.isfinite(powers)) & (both[0] != 0)
         rate = jnp.maximum(_LAST, 1 / (_FIRST + self.slopes / _SLOWER))
-        memory, most = jnp.maximum(_MEMORY, 1 - rate), jnp.maximum(1, (1 - _MEMORY) / rate)
-        sums = memory * jnp.stack([self.squares, self.squares_of_whitened])
+        most = jnp.maximum(1, _SMALL / rate)
+        sums = _MEMORY * jnp.stack([self.squares, self.squares_of_whitened])
         sums += jnp.where(known, powers, 0)
-        weight = memory * self.weight + known
+        weight = _MEMORY * self.weight + known
         typical = jnp.sqrt(sums / jnp.where(weight > 0, weight, 1))
         relative = jnp.clip(both / jnp.where(typical > 0, typical, 1), -most, most)
         relative = jnp.where(known, jnp.mean(relative), 0)

@@ -67,7 +67,7 @@ def scale_by_fisher(
     found, the update is zero, the warm start is kept and ``accepted`` in the state is False. Under
     adaptive damping so is a step that raises the loss on its batch; momentum starts anew then.
     After a rejection on ``targets`` the gradient's slope along the step is compared with that of
-    the mean nll, at a JVP: ``gradient_mismatch`` in the state says whether they differed
+    the mean nll, at a backward pass: ``gradient_mismatch`` in the state says whether they differed
     by more than a tenth at the last rejected step, and stays False where no step is tried.
 
     **Noise.** With nothing set (``damping``, ``max_kl``, ``line_search``, ``geodesic``) and the
