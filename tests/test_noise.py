@@ -362,22 +362,27 @@ def stepper(tx):
     return jax.jit(step)
 
 
-def train(tx, batch_size, steps, seed=0):
-    """The loss on all digits after every step."""
-    x, y = digits()
+def train_on(batches, tx, params, x, y):
+    """The loss on all examples after a step on each of ``batches``, rows of them; and the end."""
 
-    def step(carry, key):
+    def step(carry, rows):
         params, state = carry
-        rows = jax.random.randint(key, (batch_size,), 0, len(x))
         gradient = jax.grad(loss)(params, x[rows], y[rows])
         updates, state = tx.update(gradient, state, params, batch=x[rows], targets=y[rows])
         params = optax.apply_updates(params, updates)
         return (params, state), loss(params, x, y)
 
+    carry, losses = jax.jit(lambda c: jax.lax.scan(step, c, batches))((params, tx.init(params)))
+    return np.asarray(losses), carry
+
+
+def train(tx, batch_size, steps, seed=0):
+    """The loss on all digits before, and after every step on a batch that is drawn anew."""
+    x, y = digits()
+    draw = lambda key: jax.random.randint(key, (batch_size,), 0, len(x))
+    batches = jax.vmap(draw)(jax.random.split(jax.random.key(seed), steps))
     params = start(seed)
-    keys = jax.random.split(jax.random.key(seed), steps)
-    carry, losses = jax.jit(lambda c: jax.lax.scan(step, c, keys))((params, tx.init(params)))
-    return float(loss(params, x, y)), np.asarray(losses), carry
+    return float(loss(params, x, y)), *train_on(batches, tx, params, x, y)
 
 
 @pytest.mark.parametrize(("make", "batch_size"), [(natural_gradient, 1), (scale_by_kfac, 8)])
@@ -397,18 +402,8 @@ def test_batches_that_are_all_fitted_stay_so(make, seed):
     x, y = (2 * digits()[0] - 1)[::4], digits()[1][::4]
     rng, size = np.random.default_rng(seed), 8
     epochs = [rng.permutation(len(x))[: len(x) // size * size] for _ in range(60)]
-    tx, params = make(), start(seed, 64)
-
-    def step(carry, rows):
-        params, state = carry
-        gradient = jax.grad(loss)(params, x[rows], y[rows])
-        updates, state = tx.update(gradient, state, params, batch=x[rows], targets=y[rows])
-        params = optax.apply_updates(params, updates)
-        return (params, state), loss(params, x, y)
-
-    rows = jnp.asarray(np.concatenate(epochs)).reshape(-1, size)
-    train = jax.jit(lambda carry: jax.lax.scan(step, carry, rows)[1])
-    losses = np.asarray(train((params, tx.init(params))))
+    batches = jnp.asarray(np.concatenate(epochs)).reshape(-1, size)
+    losses, _ = train_on(batches, make(), start(seed, 64), x, y)
     fitted = np.argmax(losses < 1e-6)
     assert 0 < fitted < len(losses) // 2
     assert losses[fitted:].max() < 1e-4
