@@ -155,7 +155,7 @@ def tree_norm(tree: PyTree) -> Array:
         return jnp.sqrt(tree_vdot(scaled, scaled).astype(info.dtype)) / scale
 
     # No loop over the two, although they would be compiled once: XLA makes one kernel of a loop so
-    # small on CPU, and LLVM takes minutes for it.
+    # small on CPU, and LLVM takes ten seconds and more for it.
     squares = tree_vdot(leaves, leaves).astype(info.dtype)
     in_range = (squares > info.tiny / info.eps) & (squares < info.max)
     scale = jnp.where(squares < 1, far, 1 / far).astype(info.dtype)
