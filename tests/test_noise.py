@@ -14,7 +14,8 @@ import fvp
 from fvp.control.claims import Claims
 from fvp.control.iterate_average import IterateAverage
 from fvp.control.learned_length import LearnedLength
-from fvp.preconditioners.moments import Moments
+from fvp.preconditioners.moments import EARLY, Moments
+from fvp.transforms.noise import gradients_for_one_step
 
 COMPILE_QUICKLY = True
 
@@ -39,22 +40,22 @@ def test_one_batch_over_and_over_refutes_nothing():
     # What a step leaves is what the next one finds, but for rounding, to the floor of the loss.
     losses = 3.0 * 0.5 ** np.arange(60)
     rounded = losses * (1 + 2 * EPS * np.random.default_rng(0).choice([-1, 1], 60))
-    assert not any(led(rounded, Claims.none(), losses / 2))
+    assert not any(led(rounded, Claims.zeros(), losses / 2))
 
 
 def test_steps_that_only_fit_their_batch_are_refuted_at_once():
-    assert led([1.0, 1.0, 1.0], Claims.none(), [0.9] * 3) == [False, True, True]
+    assert led([1.0, 1.0, 1.0], Claims.zeros(), [0.9] * 3) == [False, True, True]
 
 
 @pytest.mark.parametrize(("kept", "leads"), [(0.4, True), (0.6, False)])
 def test_half_of_what_is_claimed_decides(kept, leads):
     losses = 10 - 0.1 * kept * np.arange(40)
-    assert led(losses, Claims.none(), [0.1] * 40)[-1] == leads
+    assert led(losses, Claims.zeros(), [0.1] * 40)[-1] == leads
 
 
 def test_losses_that_are_not_finite_say_nothing():
     one, half = jnp.float32(1), jnp.float32(0.5)
-    claims = Claims.none().after(one, one, half)
+    claims = Claims.zeros().after(one, one, half)
     assert claims.held_against(one, one, EPS).noise_leads
     assert not claims.held_against(jnp.float32(jnp.nan), one, EPS).noise_leads
     assert not claims.held_against(jnp.float32(jnp.inf), one, EPS).noise_leads
@@ -66,7 +67,7 @@ def test_losses_that_are_not_finite_say_nothing():
 def test_a_shortened_step_is_held_to_a_shortened_claim(part):
     # Of 1/2 (1 - s)^2 the whole step s = 1 claims 1/2, with slope 1.
     one, half, part = jnp.float32(1), jnp.float32(0.5), jnp.float32(part)
-    claims = Claims.none().after(half, one, half)
+    claims = Claims.zeros().after(half, one, half)
     loss = 0.5 * (1 - part) ** 2
     assert jnp.abs(claims.held_against(loss, part, EPS).refuted) < 1e-6
 
@@ -89,7 +90,7 @@ def descend(noise, scale=1.0, steps=3000, seed=0):
         return carry, (learned.length, 0.5 * jnp.vdot(x, x))
 
     x = jnp.full(10, 10.0)
-    start = x, jnp.zeros(10), LearnedLength.unknown(), IterateAverage.of(x)
+    start = x, jnp.zeros(10), LearnedLength.zeros(), IterateAverage.of(x)
     keys = jax.random.split(jax.random.key(seed), steps)
     return jax.lax.scan(step, start, keys)[1]
 
@@ -149,7 +150,7 @@ def test_an_average_that_starts_anew_forgets_what_is_left_of_all_directions():
 
 
 def test_steps_that_only_lead_uphill_are_noticed():
-    learned, rng = LearnedLength.unknown(), np.random.default_rng(0)
+    learned, rng = LearnedLength.zeros(), np.random.default_rng(0)
     for slope in rng.normal(size=200):
         learned = learned.learned(jnp.float32(slope), jnp.float32(slope))
         assert not learned.only_uphill
@@ -160,7 +161,7 @@ def test_steps_that_only_lead_uphill_are_noticed():
 
 @pytest.mark.parametrize("slope", [jnp.nan, jnp.inf, -jnp.inf, 1e30, -1e30])
 def test_no_single_slope_moves_the_length_far(slope):
-    learned = LearnedLength.unknown()._replace(length=jnp.float32(0.1))
+    learned = LearnedLength.zeros()._replace(length=jnp.float32(0.1))
     for _ in range(100):
         learned = learned.learned(*[jnp.float32(1e-3) * (-1) ** _] * 2)
     after = learned.learned(jnp.float32(slope), jnp.float32(1e-3))
@@ -168,7 +169,7 @@ def test_no_single_slope_moves_the_length_far(slope):
 
 
 def test_no_direction_is_more_than_twice_as_long_as_those_before_it():
-    learned = LearnedLength.unknown()._replace(length=jnp.float32(0.5))
+    learned = LearnedLength.zeros()._replace(length=jnp.float32(0.5))
     learned, length = learned.shortened(jnp.float32(9))
     assert length == 0.5
     for square in [1.0, 0.0, 4.0] * 60:
@@ -177,6 +178,8 @@ def test_no_direction_is_more_than_twice_as_long_as_those_before_it():
     _, length = learned.shortened(jnp.float32(1e4))
     typical = (1 + 4) / 2  # zeros do not count
     np.testing.assert_allclose(length * 1e2, 0.5 * 2 * typical**0.5, rtol=0.1)
+    _, of_four = learned.shortened(jnp.float32(1e4), 4)  # their mean varies half as much
+    np.testing.assert_allclose(of_four / length, 1.5 / 2, rtol=1e-6)
     # Where they stay that long, steps follow by 5% each.
     lengths = []
     for _ in range(100):
@@ -340,6 +343,10 @@ either = pytest.mark.parametrize("make", [natural_gradient, rarely(scale_by_kfac
 
 def loss(params, x, y):
     return HEAD.nll(model_fn(params, x), y).mean()
+
+
+def to_float64(tree):
+    return jax.tree.map(lambda leaf: leaf.astype(jnp.float64), tree)
 
 
 def noise_of(state):
@@ -507,8 +514,76 @@ def test_a_batch_that_is_not_finite_changes_nothing_where_noise_leads(make):
     assert any(np.any(leaf != 0) for leaf in jax.tree.leaves(updates))
 
 
-def test_directions_that_were_wrong_are_given_up():
+def with_bases(state):
+    """The same state where noise has led for long."""
+    noise = noise_of(state)
+    old = noise.moments._replace(gradients=jnp.int32(EARLY))
+    return optax.tree.set(state, noise=noise._replace(moments=old))
+
+
+def in_all_of(tx, batches):
+    """Parameters and state under noise after a step on each of these batches of digits, float64."""
+    x, y = digits()
+    x, params, step = x.astype(jnp.float64), to_float64(start()), stepper(tx)
+    state = with_bases(with_noise(tx.init(params)))
+    for rows in batches:
+        params, state, _ = step(params, state, x[rows], y[rows])
+    return params, state
+
+
+@either
+def test_gradients_that_wait_are_averaged_for_one_step(make, monkeypatch):
+    rows = np.arange(24).reshape(8, 3)
+    together = in_all_of(make(), rows)
+    monkeypatch.setattr("fvp.transforms.noise._MOST", 1)
+    in_one = in_all_of(make(), [rows[:4].ravel(), rows[4:].ravel()])
+    jax.tree.map(
+        functools.partial(np.testing.assert_allclose, rtol=1e-4, atol=1e-8),
+        (together[0], noise_of(together[1]).moments.second_moment),
+        (in_one[0], noise_of(in_one[1]).moments.second_moment),
+    )
+    counts = [optax.tree.get(state, "count") for _, state in (together, in_one)]
+    assert counts == [8, 2]
+
+
+@either
+def test_a_gradient_that_is_not_finite_does_not_wait(make):
+    x, y = digits()
+    params, step = start(), stepper(tx := make())
+    state = with_bases(with_noise(tx.init(params)))
+    told = []
+    for i, scale in enumerate([1, 1, np.nan, np.inf, 1, 1, 1]):
+        rows = slice(4 * i, 4 * i + 4)
+        params, state, updates = step(params, state, scale * x[rows], y[rows])
+        moved = any(np.any(leaf != 0) for leaf in jax.tree.leaves(updates))
+        told.append((int(fvp.diagnostics(state)["waiting"]), moved))
+    assert told == [
+        (1, False),
+        (2, False),
+        (2, False),
+        (2, False),
+        (3, False),
+        (0, True),
+        (1, False),
+    ]
+    assert all(np.isfinite(leaf).all() for leaf in jax.tree.leaves((params, state)))
+    assert "1 gradient waiting for one step" in fvp.describe(state)
+
+
+@pytest.mark.parametrize(
+    ("batch_size", "number"), [(1, 4), (800, 4), (1000, 3), (2000, 2), (3000, 1)]
+)
+def test_gradients_wait_where_turning_them_is_more_work_than_they_are(batch_size, number):
+    # To the bases and back 2 x (784 x 128 x (784 + 128) + 128 x 10 x (128 + 10)) multiplications,
+    # 1805 times those of one example's forward pass.
+    gradient = {"one": jnp.zeros((784, 128)), "two": jnp.zeros((128, 10)), "bias": jnp.zeros(128)}
+    forward = batch_size * (784 * 128 + 128 * 10)
+    assert gradients_for_one_step(gradient, forward) == number
+
+
+def test_directions_that_were_wrong_are_given_up(monkeypatch):
     # As others may make them that shorten steps: what is left of old directions leads uphill.
+    monkeypatch.setattr("fvp.transforms.noise._MOST", 1)
     x, y = digits()
     tx, params = natural_gradient(), start()
     state = with_noise(tx.init(params))

@@ -144,10 +144,15 @@ def test_momentum_that_is_not_given_grows_under_noise():
     np.testing.assert_allclose(flatten(as_default), flatten(as_number), rtol=1e-5, atol=1e-9)
 
 
+def with_progress(state, **numbers):
+    """The state of Levenberg and Marquardt's rule with these numbers."""
+    return state._replace(progress=state.progress._replace(**numbers))
+
+
 def test_momentum_that_is_not_given_is_bounded_and_full_where_gradients_agree():
     rule = fvp.LevenbergMarquardt()
-    noisy = rule.init(jnp.zeros(2))._replace(seen=jnp.float32(1))
-    agreeing = noisy._replace(agreement=jnp.float32(1))
+    noisy = with_progress(rule.init(jnp.zeros(2)), seen=1)
+    agreeing = with_progress(noisy, agreement=1)
     momentum = lambda state, count: float(rule.momentum(state, jnp.int32(count)))
     assert momentum(noisy, 0) == 0.75
     for state, count in ((noisy, 36), (noisy, 10**6), (agreeing, 0)):
@@ -163,11 +168,9 @@ def test_under_noise_damping_falls_fast_only_while_it_leaves_most_of_the_slope(
     rule = fvp.LevenbergMarquardt()
     numbers = jax.tree.map(jnp.float32, Step(2.0, 2.0 * taken, 1.0, 1.0))
     good = Outcome(jnp.float32(0), jnp.float32(0), jnp.array(False))
-    state = rule.init(jnp.zeros(2))._replace(
-        factor=jnp.float32(1), agreement=jnp.float32(agreement), seen=jnp.float32(1)
-    )
+    state = with_progress(rule.init(jnp.zeros(2)), factor=1, agreement=agreement, seen=1)
     corrected = rule.correct(state, numbers, good, jnp.array(True))
-    np.testing.assert_allclose(corrected.factor, change, rtol=1e-6)
+    np.testing.assert_allclose(corrected.progress.factor, change, rtol=1e-6)
 
 
 @pytest.mark.parametrize(
@@ -188,27 +191,26 @@ def test_under_noise_damping_falls_fast_only_while_it_leaves_most_of_the_slope(
 )
 def test_damping_follows_the_error_of_the_model(error, rounding, worse, last_slope, change):
     """Over 1/2 s^T (A + damping) s, which is 1 here; gradients agree."""
-    rule, one = fvp.LevenbergMarquardt(), jnp.float32(1)
+    rule = fvp.LevenbergMarquardt()
     step = jax.tree.map(jnp.float32, Step(2.0, 1.0, 1.0, 1.0))
     outcome = Outcome(jnp.float32(error), jnp.float32(rounding), jnp.array(worse))
-    state = rule.init(jnp.zeros(2))._replace(
-        factor=one, agreement=one, seen=one, slope=jnp.float32(last_slope)
-    )
+    numbers = {"factor": 1, "agreement": 1, "seen": 1, "slope": last_slope}
+    state = with_progress(rule.init(jnp.zeros(2)), **numbers)
     corrected = rule.correct(state, step, outcome, jnp.array(not worse))
-    np.testing.assert_allclose(corrected.factor, change, rtol=1e-6)
+    np.testing.assert_allclose(corrected.progress.factor, change, rtol=1e-6)
     # What the next gradient is held to: the slope, and the part of it that the model leaves.
-    assert (corrected.slope, corrected.expected) == ((0, 0) if worse else (2, 0.5))
+    progress = corrected.progress
+    assert (progress.slope, progress.expected) == ((0, 0) if worse else (2, 0.5))
     for bound in (1e-30, 1e30):
-        state = state._replace(factor=jnp.float32(bound))
+        state = with_progress(state, factor=bound)
         extreme = rule.correct(state, step, outcome, jnp.array(not worse))
-        np.testing.assert_allclose(extreme.factor, np.clip(bound * change, 1e-30, 1e30), rtol=1e-6)
+        expected = np.clip(bound * change, 1e-30, 1e30)
+        np.testing.assert_allclose(extreme.progress.factor, expected, rtol=1e-6)
 
 
 def test_gradients_that_fall_short_of_the_model_are_noise():
     rule = fvp.LevenbergMarquardt()
-    state = rule.init(jnp.zeros(2))._replace(
-        factor=jnp.float32(3), slope=jnp.float32(1), expected=jnp.float32(0.8)
-    )
+    state = with_progress(rule.init(jnp.zeros(2)), factor=3, slope=1, expected=0.8)
     last, gradient = jnp.array([1.0, 0.0]), jnp.array([-0.5, 2.0])  # keeps -0.5 of the slope
     norm, curvature = jnp.linalg.norm(gradient), lambda: jnp.float32(7)
     observation = fvp.Observation(jnp.int32(1), gradient, norm, last, curvature)
@@ -216,9 +218,9 @@ def test_gradients_that_fall_short_of_the_model_are_noise():
         state, damping = rule.propose(state, observation)
         assert not rule.noisy(state)
     np.testing.assert_allclose(damping, 3 * norm**0.5, rtol=1e-6)
-    np.testing.assert_allclose(state.seen, (1 - 0.9**4) / 0.1, rtol=1e-6)
-    np.testing.assert_allclose(state.agreement, -0.5 * (1 - 0.9**4) / 0.1, rtol=1e-6)
-    np.testing.assert_allclose(state.surprise, 1.3 * (1 - 0.9**4), rtol=1e-6)
+    np.testing.assert_allclose(state.progress.seen, (1 - 0.9**4) / 0.1, rtol=1e-6)
+    np.testing.assert_allclose(state.progress.agreement, -0.5 * (1 - 0.9**4) / 0.1, rtol=1e-6)
+    np.testing.assert_allclose(state.progress.surprise, 1.3 * (1 - 0.9**4), rtol=1e-6)
     state, _ = rule.propose(state, observation)
     assert rule.noisy(state)  # 1.3 (1 - 0.9^5) > 0.5
     assert not rule.agrees(state)
@@ -228,10 +230,10 @@ def test_a_slope_below_the_range_of_floats_leaves_the_state_finite():
     rule = fvp.LevenbergMarquardt()
     step = jax.tree.map(jnp.float32, Step(0.0, 0.0, 1e-38, 1.0))
     good = Outcome(jnp.float32(0), jnp.float32(0), jnp.array(False))
-    state = rule.init(jnp.zeros(2))._replace(factor=jnp.float32(1))
+    state = with_progress(rule.init(jnp.zeros(2)), factor=1)
     corrected = rule.correct(state, step, good, jnp.array(True))
     assert all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(corrected))
-    assert corrected.slope == corrected.expected == 0
+    assert corrected.progress.slope == corrected.progress.expected == 0
 
 
 def test_quadratic_momentum_is_the_best_of_the_plane():

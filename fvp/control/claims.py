@@ -2,39 +2,32 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
-
 import jax.numpy as jnp
 from jax import Array
+
+from fvp.scalars import Scalars
 
 # Memory of the sums: ten steps; and the part of the claims whose loss is too much.
 # docs/decisions/steps.md
 MEMORY, _HALF = 0.9, 0.5
 
 
-class Claims(NamedTuple):
+class Claims(Scalars):
     """Reductions of the loss that steps made on their own batches, and what became of them.
 
     A step from batch t claims L_t(before) - L_t(after). The next batch sees the same parameters at
     L_{t+1}(after), and what that is above L_t(after) was fitted to batch t alone. With both summed
     over the last ten steps, claims minus refuted is how far the loss of fresh batches has fallen.
-    Where all batches are one, the refuted part is zero to rounding. All fields but ``known`` are
-    float32 scalars.
+    Where all batches are one, the refuted part is zero to rounding.
     """
 
     before: Array  # loss of the last batch, before its step
     slope: Array  # how far it would have fallen along the step without curvature
     reduction: Array  # how far it fell
-    known: Array  # bool scalar, whether these are
+    known: Array  # 1 where these are, else 0
     claimed: Array  # decaying sum of the reductions
     refuted: Array  # decaying sum of what the next batch found above the losses after them
     rounding: Array  # decaying sum of what rounding may have to do with it
-
-    @classmethod
-    def none(cls) -> Claims:
-        """Before the first step; one buffer for each field, so that it can be donated."""
-        zero = lambda: jnp.zeros((), jnp.float32)
-        return cls(zero(), zero(), zero(), jnp.zeros((), jnp.bool_), zero(), zero(), zero())
 
     def held_against(self, loss: Array, part: Array, precision: float) -> Claims:
         """With the ``loss`` of the next batch, which has that precision.
@@ -44,7 +37,7 @@ class Claims(NamedTuple):
         says nothing.
         """
         loss = loss.astype(jnp.float32)
-        known = jnp.isfinite(loss) & self.known
+        known = jnp.isfinite(loss) & (self.known > 0)
         shortened = part * self.slope - part**2 * (self.slope - self.reduction)
         reduction = jnp.where(part == 1, self.reduction, shortened)
         after = self.before - reduction

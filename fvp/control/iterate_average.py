@@ -60,5 +60,8 @@ class IterateAverage(NamedTuple):
         later = _AVERAGED * kept * rate
         taken, kept, now, later = computed_once((taken, kept, now, later))
         step = jax.tree.map(lambda a, d: taken * a + now * d, self.ahead, direction)
-        ahead = jax.tree.map(lambda a, d: kept * a + later * d, self.ahead, direction)
+        # Once all of the step is there, what is ahead can be overwritten: without this XLA copies
+        # it in every branch.
+        step, before = computed_once((step, self.ahead))
+        ahead = jax.tree.map(lambda a, d: kept * a + later * d, before, direction)
         return IterateAverage(steps + 1, share, ahead), step

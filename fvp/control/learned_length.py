@@ -2,21 +2,23 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Any
 
 import jax.numpy as jnp
 from jax import Array
+
+from fvp.scalars import Scalars
 
 # docs/decisions/steps.md
 _FIRST, _SLOWER, _LAST = 2.0, 4.0, 0.01  # rate max(1 / (2 + slopes / 4), 0.01)
 _MEMORY, _SMALL = 0.9, 0.1
 _LASTING, _UPHILL = 1 - 1 / 30, -0.5
-_LONGEST = 2.0
+_LONGER = 1.0
 _LARGEST = 2.0**63  # so that sums of steps stay finite where others never let them be taken
 
 
-class LearnedLength(NamedTuple):
-    """The length of the next step; all float32 scalars.
+class LearnedLength(Scalars):
+    """The length of the next step.
 
     The slope of the next batch along the steps just taken is an unbiased estimate of the true one
     where they ended, since that batch had no part in them. While it still points downhill steps are
@@ -32,7 +34,8 @@ class LearnedLength(NamedTuple):
 
     Such slopes tell of directions that are as long as those before were. Once most batches are
     fitted, the one that is not has a direction that is ten times longer, so each is shortened to at
-    most twice the root mean square of the last thirty: steps may grow, but by 5% each.
+    most twice the root mean square of the last thirty: steps may grow, but by 5% each. The mean of
+    n gradients, which varies less, to at most 1 + 1 / sqrt(n) times that.
 
     Reference:
       A. Gunes Baydin et al., Online learning rate adaptation with hypergradient descent, 2018; on
@@ -49,20 +52,16 @@ class LearnedLength(NamedTuple):
     norms: Array  # running average from 0 of the squared norms of shortened directions
     directions: Array  # running average from 0 of one for each of them
 
-    @classmethod
-    def unknown(cls) -> LearnedLength:
-        """Before the first step; one buffer for each field, so that it can be donated."""
-        return cls(*(jnp.zeros((), jnp.float32) for _ in range(8)))
-
-    def learned(self, slope: Array, whitened: Array) -> LearnedLength:
+    def learned(self, slope: Array, whitened: Array, gradients: Any = 1) -> LearnedLength:
         """After the slopes of a fresh gradient along the last steps: above zero is downhill.
 
-        ``whitened`` is that of the gradient over its noise, coordinate by coordinate.
+        ``whitened`` is that of the gradient over its noise, coordinate by coordinate. The mean of
+        several ``gradients`` tells as much as they would have one by one.
         """
         both = jnp.stack([slope, whitened]).astype(jnp.float32)
         powers = jnp.square(both)
         known = jnp.all(jnp.isfinite(powers)) & (both[0] != 0)
-        rate = jnp.maximum(_LAST, 1 / (_FIRST + self.slopes / _SLOWER))
+        rate = jnp.maximum(_LAST * gradients, 1 / (_FIRST + self.slopes / _SLOWER))
         most = jnp.maximum(1, _SMALL / rate)
         sums = _MEMORY * jnp.stack([self.squares, self.squares_of_whitened])
         sums += jnp.where(known, powers, 0)
@@ -81,15 +80,17 @@ class LearnedLength(NamedTuple):
             lasting=lasting,
         )
 
-    def shortened(self, square: Array) -> tuple[LearnedLength, Array]:
+    def shortened(self, square: Array, gradients: Any = 1) -> tuple[LearnedLength, Array]:
         """The next step's length, along a direction whose squared norm is ``square``.
 
-        Also this after it; a direction of zeros leaves it as it is.
+        Also this after it; a direction of zeros leaves it as it is. The direction is that of the
+        mean of ``gradients``.
         """
+        longest = 1 + _LONGER / jnp.sqrt(jnp.float32(gradients))
         square = square.astype(jnp.float32)
         known = self.directions > 0
         typical = self.norms / jnp.where(known, self.directions, 1)
-        shortened = jnp.where(known, jnp.minimum(square, _LONGEST**2 * typical), square)
+        shortened = jnp.where(known, jnp.minimum(square, longest**2 * typical), square)
         moves = shortened > 0
         average = lambda old, new: jnp.where(moves, _LASTING * old + (1 - _LASTING) * new, old)
         part = jnp.sqrt(shortened / jnp.where(moves, square, 1))

@@ -13,6 +13,7 @@ from jax.core import Tracer
 from fvp.control.record import Outcome, Step
 from fvp.control.rule import DampingRule, Observation
 from fvp.numerics import computed_once, sum_entries, tree_vdot
+from fvp.scalars import Scalars
 
 # Where these numbers come from: docs/decisions/steps.md
 # Errors of the quadratic model over 1/2 s^T (A + damping) s. The classical thresholds on the
@@ -32,15 +33,21 @@ _LEAST = 2.0**-30  # first lambda over the norm of the gradient, where F all but
 _FLOOR = 1e-3  # of the diagonal (s / mean s + floor)^(5/8)
 
 
+class Progress(Scalars):
+    """What the steps of `LevenbergMarquardt` came to."""
+
+    factor: Array  # damping over the root of the gradient norm; 0 before the first step
+    slope: Array  # gradient . direction of the last step; 0 after a rejection
+    agreement: Array  # decaying sum of next gradient . direction over that slope
+    expected: Array  # the part of that slope that the model expects the next step to find
+    surprise: Array  # running average from 0 of what was expected beyond what was found
+    seen: Array  # decaying count of these
+
+
 class LevenbergMarquardtState(NamedTuple):
     """State of `LevenbergMarquardt`; float32."""
 
-    factor: Array  # scalar, damping over the root of the gradient norm; 0 before the first step
-    slope: Array  # scalar, gradient . direction of the last step; 0 after a rejection
-    agreement: Array  # scalar, decaying sum of next gradient . direction over that slope
-    expected: Array  # scalar, the part of that slope that the model expects the next step to find
-    surprise: Array  # scalar, running average from 0 of what was expected beyond what was found
-    seen: Array  # scalar, decaying count of these
+    progress: Progress
     squares: Any  # like the parameters, decaying sum of the squared gradients
 
 
@@ -103,11 +110,9 @@ class LevenbergMarquardt(DampingRule):
                 raise ValueError(f"{name}: expected {expected}, got {value}.")
 
     def init(self, params: Any) -> LevenbergMarquardtState:
-        """The state before the first step; one buffer for each field, so that it can be donated."""
-        scalars = [jnp.zeros((), jnp.float32) for _ in range(6)]
-        return LevenbergMarquardtState(
-            *scalars, squares=jax.tree.map(lambda p: jnp.zeros_like(p, jnp.float32), params)
-        )
+        """The state before the first step."""
+        zeros = lambda p: jnp.zeros_like(p, jnp.float32)
+        return LevenbergMarquardtState(Progress.zeros(), jax.tree.map(zeros, params))
 
     def propose(
         self, state: LevenbergMarquardtState, observation: Observation
@@ -125,28 +130,27 @@ class LevenbergMarquardt(DampingRule):
             start = jnp.where(curvature > 0, start, root * root) / root
             return jnp.where(jnp.isfinite(start), start, 0).astype(jnp.float32)
 
-        held = state.slope != 0
-        kept = tree_vdot(gradient, last).astype(jnp.float32) / jnp.where(held, state.slope, 1)
+        before = state.progress
+        held = before.slope != 0
+        kept = tree_vdot(gradient, last).astype(jnp.float32) / jnp.where(held, before.slope, 1)
         kept = jnp.where(held, jnp.clip(jnp.nan_to_num(kept), -1, 1), 0)
-        state = LevenbergMarquardtState(
-            factor=jax.lax.cond(state.factor > 0, lambda: state.factor, first),
-            slope=state.slope,
-            agreement=_MEMORY * state.agreement + kept,
-            expected=state.expected,
-            surprise=_MEMORY * state.surprise
-            + (1 - _MEMORY) * jnp.where(held, state.expected - kept, 0),
-            seen=_MEMORY * state.seen + held,
-            squares=_averaged_squares(state.squares, gradient),
+        missed = jnp.where(held, before.expected - kept, 0)
+        progress = before._replace(
+            factor=jax.lax.cond(before.factor > 0, lambda: before.factor, first),
+            agreement=_MEMORY * before.agreement + kept,
+            surprise=_MEMORY * before.surprise + (1 - _MEMORY) * missed,
+            seen=_MEMORY * before.seen + held,
         )
-        return state, state.factor * root
+        squares = _averaged_squares(state.squares, gradient)
+        return LevenbergMarquardtState(progress, squares), progress.factor * root
 
     def agrees(self, state: LevenbergMarquardtState) -> Array:
         """Whether gradients still point along the steps before them."""
-        return state.agreement > _AGREEMENT * state.seen
+        return state.progress.agreement > _AGREEMENT * state.progress.seen
 
     def noisy(self, state: LevenbergMarquardtState) -> Array:
         """Whether they fall short of what the model expects: the noise of the batches leads."""
-        return state.surprise > _SURPRISE
+        return state.progress.surprise > _SURPRISE
 
     def momentum(self, state: LevenbergMarquardtState, count: Array) -> Array:
         """Of step ``count``: 0.9 where gradients agree; else from 3/4 at first to 0.9 at step 36.
@@ -167,6 +171,7 @@ class LevenbergMarquardt(DampingRule):
         self, state: LevenbergMarquardtState, step: Step, outcome: Outcome, accepted: Array
     ) -> LevenbergMarquardtState:
         """The factor after a step was tried, and the slope that the next gradient is held to."""
+        before = state.progress
         known = outcome.rounding < step.scale
         error = (outcome.error - jnp.sign(outcome.error) * outcome.rounding) / step.scale
         good = known & (error < _TRUSTED)
@@ -181,13 +186,14 @@ class LevenbergMarquardt(DampingRule):
         change = jnp.where(bad, self.increase, jnp.where(good, shrink, 1))
         # Momentum may climb on a batch just as the model said: no fault of the damping. It starts
         # anew then, and without it (the last slope is zero) there is no such excuse.
-        blamed = outcome.worse & (wrong | (state.slope == 0))
+        blamed = outcome.worse & (wrong | (before.slope == 0))
         change = jnp.where(blamed, self.increase**2, change)
-        return state._replace(
-            factor=jnp.clip(state.factor * change, 1e-30, 1e30).astype(jnp.float32),
+        progress = before._replace(
+            factor=jnp.clip(before.factor * change, 1e-30, 1e30),
             slope=jnp.where(accepted & known_slope, slope, 0),
-            expected=jnp.where(accepted & known_slope, expected, 0).astype(jnp.float32),
+            expected=jnp.where(accepted & known_slope, expected, 0),
         )
+        return state._replace(progress=progress)
 
 
 def _averaged_squares(squares: Any, gradient: Any) -> Any:

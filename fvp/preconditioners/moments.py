@@ -20,7 +20,7 @@ from fvp.typing import Params
 # docs/decisions/steps.md
 _SQUARES, _OUTER = 0.95, 0.97  # memories of the averages
 # Steps between two outer products, and refreshments of the bases with them: at first, and later
-_EARLY, _OFTEN, _SELDOM = 200, 10, 40
+EARLY, _OFTEN, _SELDOM = 200, 10, 40
 _LARGEST = 1024  # axes that are longer keep their own coordinates
 _PER_COLUMN = 20  # as do those of so many entries or more for each column of the gradient
 _FLOOR = 2.0**-32  # least square over the largest of its leaf
@@ -73,7 +73,7 @@ class Moments(NamedTuple):
         if not leaves:
             return self, gradient
         leaves = [widen(leaf) for leaf in leaves]
-        period = jnp.where(self.gradients < _EARLY, _OFTEN, _SELDOM)
+        period = jnp.where(self.gradients < EARLY, _OFTEN, _SELDOM)
         outer, bases, second = jax.lax.cond(
             self.gradients % period == 0,
             lambda flat: _refreshed(leaves, *flat),
@@ -102,6 +102,13 @@ def turned_axes(shape: Shape) -> tuple[int, ...]:
         return size <= _LARGEST and columns > 1 and 1 < size < _PER_COLUMN * columns
 
     return tuple(axis for axis, size in enumerate(shape) if told(size))
+
+
+def turning_multiplications(params: Params) -> int:
+    """Those of turning one gradient into the bases and back."""
+    shapes = [leaf.shape for leaf in jax.tree.leaves(params)]
+    sides = lambda shape: sum(shape[axis] for axis in turned_axes(shape))
+    return sum(2 * math.prod(shape) * sides(shape) for shape in shapes)
 
 
 def _axes(matrices: tuple[Array, ...], x: Array) -> Any:

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
-
 import jax.numpy as jnp
 from jax import Array
+
+from fvp.scalars import Scalars
 
 # docs/decisions/solvers.md
 ITERATIONS = 11
@@ -14,8 +14,8 @@ _GROWTH = 1.1  # of the limit, a step
 _SLOW, _MEMORY = 0.8, 0.9
 
 
-class Budget(NamedTuple):
-    """A limit that follows progress; float32 scalars.
+class Budget(Scalars):
+    """A limit that follows progress.
 
     Eleven iterations do while steps lower the gradient's norm by a fifth or more on average: what
     CG leaves over, the next step takes up with a new curvature. Where progress is slower, the solve
@@ -30,8 +30,8 @@ class Budget(NamedTuple):
 
     @classmethod
     def first(cls) -> Budget:
-        """Before the first step; one buffer for each field, so that it can be donated."""
-        return cls(*(jnp.asarray(value, jnp.float32) for value in (ITERATIONS, 0, 0)))
+        """Before the first step."""
+        return cls.zeros()._replace(limit=ITERATIONS)
 
     @property
     def iterations(self) -> Array:

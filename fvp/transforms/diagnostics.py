@@ -27,7 +27,8 @@ def diagnostics(state: Any) -> dict[str, Array]:
       ``iterations``, ``residual_norm`` and ``predicted_kl`` are those of the last step. Where
       nothing was set that the rule for noise would override: ``noise_leads`` (0 or 1),
       ``fitted_noise``, the part of what steps claimed on their own batches that fresh batches did
-      not confirm, and ``length``, what is learned under noise.
+      not confirm, ``length``, what is learned under noise, and ``waiting``, the gradients that the
+      next step will average.
 
     Raises:
       ValueError: for a state without one of fvp's, or with several, as of ``optax.partition``.
@@ -57,6 +58,7 @@ def diagnostics(state: Any) -> dict[str, Array]:
             "noise_leads": found.noise.leads,
             "fitted_noise": claims.refuted / claimed,
             "length": found.noise.learned.length,
+            "waiting": found.noise.waiting,
         }
     as_number = lambda x: x.astype(jnp.float32) if x.dtype == jnp.bool_ else x
     return {name: as_number(jnp.asarray(value)) for name, value in numbers.items()}
@@ -90,8 +92,11 @@ def describe(state: Any) -> str:
     if not value["step"]:
         return step + "nothing was done yet"
     if value.get("noise_leads"):
-        averaged = "a step to the average of iterates"
-        verdict = averaged if value["accepted"] else "rejected, not finite"
+        verdict = "a step to the average of iterates"
+        if waiting := int(value["waiting"]):
+            verdict = f"{counted(waiting, 'gradient')} waiting for one step"
+        if not value["accepted"]:
+            verdict = "rejected, not finite"
         return step + f"noise leads; {verdict}, length {value['length']:.3g}"
     text = step + ("accepted" if value["accepted"] else "rejected, the update is zero")
     text += f"; damping {value['damping']:.3g}, {counted(int(value['iterations']), 'iteration')}"
@@ -103,7 +108,12 @@ def describe(state: Any) -> str:
         text += f"; {value['fitted_noise']:.0%} of what steps claimed was noise"
     noise = _found(state).noise
     # A step that is accepted on a loss leaves its claim and its square behind.
-    if noise is not None and value["accepted"] and not noise.claims.known and noise.square == 0:
+    if (
+        noise is not None
+        and value["accepted"]
+        and not noise.claims.known
+        and noise.last.square == 0
+    ):
         text += "; the loss is unknown, so that noise is not looked for: pass targets= or value_fn="
     return text
 

@@ -79,7 +79,9 @@ def scale_by_fisher(
     averaged outer products along the axes of a parameter; steps go to the average of where such
     directions lead; and their length is learned from the slope of the next batch along them. A
     learning rate multiplies that length, which makes up for slow changes of it: no schedule is
-    needed. ``state.noise.leads`` says whether noise leads; full batches never get there.
+    needed. After 200 such steps, where they are more work than the gradients of small batches,
+    the mean of up to four gradients makes one step, and the updates until then are zero.
+    ``state.noise.leads`` says whether noise leads; full batches never get there.
     ``damping=fvp.LevenbergMarquardt()`` goes on solving whatever the batches are.
 
     Args:

@@ -3,7 +3,8 @@
 No batch is solved for there: each would be fitted, noise and all. The direction is the gradient
 over the root of its averaged squares, in the eigenbases of its averaged outer products. Steps go to
 the average of where such directions lead, and their length is learned from the slope that the next
-batch finds along them.
+batch finds along them. Where such a step is more work than the gradient of a small batch, the mean
+of several gradients is taken for one.
 """
 
 from __future__ import annotations
@@ -16,7 +17,8 @@ from jax import Array
 
 from fvp.control.claims import Claims
 from fvp.mesh import auto_sharded
-from fvp.numerics import computed_once, tree_vdot, tree_zeros_like
+from fvp.numerics import cast_like, computed_once, tree_vdot, tree_zeros_like, widen
+from fvp.preconditioners.moments import EARLY, turning_multiplications
 from fvp.transforms.options import Options
 from fvp.transforms.state import NaturalGradientState
 from fvp.transforms.watch import NoiseState, after_noise
@@ -24,6 +26,8 @@ from fvp.typing import Params
 
 # First decrease of the loss over the claims before it; docs/decisions/steps.md
 _CAUTION = 0.1
+# Gradients for one step: as many as make its products with bases a quarter of their work, or four
+_PART, _MOST = 4, 4
 _HORIZON = 1 - 1 / 30  # memory of the steps along which the next batch's slope is taken
 
 
@@ -37,6 +41,41 @@ def no_step(like: Params, state: NaturalGradientState) -> tuple[Params, NaturalG
     return tree_zeros_like(like), after_noise(state, state.noise, accepted=False)
 
 
+def gradients_for_one_step(gradient: Params, forward: int) -> int:
+    """How many are averaged for a step, by shapes alone.
+
+    As many as make turning their mean into the bases and back a quarter of their own work, which is
+    three times the multiplications of a ``forward`` pass for each; but few.
+    """
+    wanted = math.ceil(_PART * turning_multiplications(gradient) / max(1, 3 * forward))
+    return max(1, min(_MOST, wanted))
+
+
+def makes_a_step(number: int, noise: NoiseState) -> Array:
+    """Whether the next gradient does not have to wait.
+
+    The first steps, from which bases and length are learned, are made of one each.
+    """
+    return (noise.waiting + 1 >= number) | (noise.moments.gradients < EARLY)
+
+
+def mean_gradient(gradient: Params, state: NaturalGradientState) -> Params:
+    """That of the gradients that wait and this one, in float32 or wider."""
+    waiting = state.noise.waiting.astype(jnp.float32)
+    old, new = computed_once((waiting / (waiting + 1), 1 / (waiting + 1)))
+    mean = lambda m, g: old * widen(m) + new * widen(g)
+    return jax.tree.map(mean, state.direction, gradient)
+
+
+def wait(
+    gradient: Params, like: Params, state: NaturalGradientState
+) -> tuple[Params, NaturalGradientState]:
+    """No step until there are more gradients."""
+    mean = cast_like(mean_gradient(gradient, state), state.direction)
+    noise = state.noise._replace(waiting=state.noise.waiting + 1)
+    return tree_zeros_like(like), after_noise(state._replace(direction=mean), noise)
+
+
 def noise_step(
     options: Options, gradient: Params, square: Array, like: Params, state: NaturalGradientState
 ) -> tuple[Params, NaturalGradientState]:
@@ -48,13 +87,15 @@ def noise_step(
     moments, direction = auto_sharded(
         lambda m, g: m.whitened(g), noise.moments, gradient, like=(noise.moments, gradient)
     )
-    learned = noise.learned.learned(*(tree_vdot(x, noise.trail) for x in (gradient, direction)))
+    slope, whitened = (tree_vdot(x, noise.trail) for x in (gradient, direction))
+    gradients = noise.waiting + 1
+    learned = noise.learned.learned(slope, whitened, gradients)
     last = noise.learned.length
     size = sum(leaf.size for leaf in jax.tree.leaves(gradient))
     first = _first_length(noise.claims, jnp.sqrt(square), size)
     learned = learned._replace(length=jnp.where(last == 0, first, learned.length))
     longer = learned.length / jnp.where(last == 0, learned.length, last)
-    learned, length = learned.shortened(tree_vdot(direction, direction))
+    learned, length = learned.shortened(tree_vdot(direction, direction), gradients)
     rate = (options.rate(state.count) * length).astype(jnp.float32)
     anew = learned.only_uphill
     learned = learned._replace(lasting=jnp.where(anew, 0, learned.lasting))
@@ -73,6 +114,7 @@ def noise_step(
             average=average,
             moments=moments,
             trail=jax.tree.map(trail, step, noise.trail),
+            waiting=jnp.zeros((), jnp.int32),
         ),
     )
 

@@ -8,10 +8,11 @@ from typing import Any
 import jax
 
 from fvp.layers import KFAC, KFACInverse
+from fvp.scalars import Scalars
 
 
 def register_with_flax() -> None:
-    """Teaches ``flax.serialization`` the records of a K-FAC state, once Flax has been imported.
+    """Teaches ``flax.serialization`` the records of a state, once Flax has been imported.
 
     A record is the list of its leaves; its structure comes from the target, as Flax has it.
     """
@@ -35,7 +36,7 @@ def register_with_flax() -> None:
         ]
         return jax.tree.unflatten(structure, restored)
 
-    for record in (KFAC, KFACInverse):
+    for record in (KFAC, KFACInverse, *Scalars.__subclasses__()):
         serialization.register_serialization_state(
             record, to_state_dict, from_state_dict, override=True
         )

@@ -11,7 +11,9 @@ class NaturalGradientState(NamedTuple):
     """State of the transformations: of one for all of them."""
 
     count: Any  # int32 scalar, updates done
-    direction: Any  # like the parameters, the last solution: warm start and momentum; or None
+    # Like the parameters, or None: the last solution, for warm start and momentum; where noise
+    # leads the mean of the gradients that wait for a step.
+    direction: Any
     control: Any  # state of the damping rule
     solver: Any  # state of the solver
     damping: Array  # float32 scalar, of the last step

@@ -16,7 +16,16 @@ from fvp.curvature.gauss_newton import gauss_newton_of
 from fvp.curvature.operator import build_operator
 from fvp.numerics import tree_vdot
 from fvp.solvers import Setting
-from fvp.transforms.noise import is_sound, no_step, noise_step
+from fvp.tracing.work import multiplications
+from fvp.transforms.noise import (
+    gradients_for_one_step,
+    is_sound,
+    makes_a_step,
+    mean_gradient,
+    no_step,
+    noise_step,
+    wait,
+)
 from fvp.transforms.objective import Data, Objective, with_penalty
 from fvp.transforms.options import Options, check_data
 from fvp.transforms.serialization import register_with_flax
@@ -69,9 +78,19 @@ def build_transform(options: Options) -> optax.GradientTransformationExtraArgs:
         # Where noise leads nothing has to be tried: the model is evaluated in one branch alone.
         slope_of = with_penalty(gradient, params, options.l2)
         square = tree_vdot(slope_of, slope_of)
-        led = lambda: noise_step(options, slope_of, square, gradient, state)
-        branches = solved, led, lambda: no_step(gradient, state)
-        which = jnp.where(state.noise.leads, jnp.where(is_sound(square), 1, 2), 0)
+        number = gradients_for_one_step(slope_of, forward_work(options, params, data))
+
+        def led() -> tuple[Params, NaturalGradientState]:
+            if number == 1:
+                return noise_step(options, slope_of, square, gradient, state)
+            mean = mean_gradient(slope_of, state)
+            return noise_step(options, mean, tree_vdot(mean, mean), gradient, state)
+
+        branches = [solved, lambda: no_step(gradient, state), led]
+        which = jnp.where(state.noise.leads, jnp.where(is_sound(square), 2, 1), 0)
+        if number > 1:
+            branches.append(lambda: wait(slope_of, gradient, state))
+            which += (which == 2) & ~makes_a_step(number, state.noise)
         return jax.lax.switch(which, branches)
 
     def update(
@@ -115,6 +134,14 @@ def problem_at(options: Options, params: Params, data: Data) -> Problem:
         batch_axes=axes,
         axis_name=options.axis_name,
     )
+
+
+def forward_work(options: Options, params: Params, data: Data) -> int:
+    """Multiplications of the model's forward pass on the batch; 0 where there is none."""
+    if data.batch is None:
+        return 0
+    problem = problem_at(options, params, data)
+    return multiplications(problem.outputs, problem.params)
 
 
 def objective_at(options: Options, params: Params, operator: Any, data: Data) -> Objective:

@@ -18,6 +18,7 @@ from fvp.control.learned_length import LearnedLength
 from fvp.control.record import Outcome, Step
 from fvp.numerics import computed_once, tree_vdot, tree_zeros_like
 from fvp.preconditioners.moments import Moments
+from fvp.scalars import Scalars
 from fvp.transforms.objective import Objective
 from fvp.transforms.options import Options
 from fvp.transforms.state import NaturalGradientState
@@ -26,33 +27,38 @@ from fvp.typing import Params
 _REMEMBERED = 10  # steps before which none is forgotten; docs/decisions/steps.md
 
 
+class LastStep(Scalars):
+    """The last step that was solved for: its length along the direction, and two inner products."""
+
+    length: Array
+    aligned: Array  # parameters before it . step
+    square: Array  # step . step
+
+
 class NoiseState(NamedTuple):
-    """What the noise of the batches is known by, and what its steps need; float32 scalars."""
+    """What the noise of the batches is known by, and what its steps need."""
 
     leads: Array  # bool; once it does it stays so
     claims: Claims
     trail: Params  # decaying sum of the steps
-    taken: Array  # length of the last of them along its direction
-    aligned: Array  # parameters . last of them, before it
-    square: Array  # last . last
+    last: LastStep
     learned: LearnedLength
     average: IterateAverage
     moments: Moments
+    waiting: Array  # int32 scalar, gradients whose mean is the state's direction
 
     @classmethod
     def of(cls, params: Params) -> NoiseState:
         """Before the first step."""
-        zero = lambda: jnp.zeros((), jnp.float32)
         return cls(
             leads=jnp.zeros((), jnp.bool_),
-            claims=Claims.none(),
+            claims=Claims.zeros(),
             trail=optax.tree.zeros_like(params),
-            taken=zero(),
-            aligned=zero(),
-            square=zero(),
-            learned=LearnedLength.unknown(),
+            last=LastStep.zeros(),
+            learned=LearnedLength.zeros(),
             average=IterateAverage.of(params),
             moments=Moments.of(params),
+            waiting=jnp.zeros((), jnp.int32),
         )
 
 
@@ -79,9 +85,11 @@ def with_claim(
         trail=jax.tree.map(
             lambda old, new: (memory * old + new).astype(old.dtype), noise.trail, step
         ),
-        taken=if_moved(record.length).astype(jnp.float32),
-        aligned=tree_vdot(objective.params, step).astype(jnp.float32),
-        square=square,
+        last=LastStep(
+            length=if_moved(record.length),
+            aligned=tree_vdot(objective.params, step),
+            square=square,
+        ),
     )
 
 
@@ -90,12 +98,12 @@ def _part_taken(state: NaturalGradientState, params: Params) -> Array:
 
     1 where rounding hides it.
     """
-    noise: NoiseState = state.noise
-    safe = jnp.where(noise.square > 0, noise.square, 1)
-    part = (noise.aligned - noise.taken * tree_vdot(params, state.direction)) / safe
+    last: LastStep = state.noise.last
+    safe = jnp.where(last.square > 0, last.square, 1)
+    part = (last.aligned - last.length * tree_vdot(params, state.direction)) / safe
     eps = max((float(jnp.finfo(x.dtype).eps) for x in jax.tree.leaves(params)), default=0)
-    unsure = 0.01 + 16 * eps * jnp.abs(noise.aligned) / safe
-    whole = (noise.square == 0) | ~(jnp.abs(part - 1) > unsure)
+    unsure = 0.01 + 16 * eps * jnp.abs(last.aligned) / safe
+    whole = (last.square == 0) | ~(jnp.abs(part - 1) > unsure)
     return jnp.where(whole, 1, jnp.clip(part, 0, 2)).astype(jnp.float32)
 
 
@@ -108,13 +116,13 @@ def step_back(
     The update has the dtypes of ``like``.
     """
     noise: NoiseState = state.noise
-    taken, risen = computed_once((noise.taken, noise.claims.loss_has_risen))
+    taken, risen = computed_once((noise.last.length, noise.claims.loss_has_risen))
     back = lambda last, trail: options.sign * jnp.where(risen, -trail, -taken * last)
     update = jax.tree.map(
         lambda last, trail, g: back(last, trail).astype(g.dtype), state.direction, noise.trail, like
     )
     return update, after_noise(
-        state, noise._replace(trail=tree_zeros_like(noise.trail), taken=jnp.zeros((), jnp.float32))
+        state, noise._replace(trail=tree_zeros_like(noise.trail), last=LastStep.zeros())
     )
 
 
