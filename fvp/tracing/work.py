@@ -17,7 +17,7 @@ def multiplications(function: Callable[..., Any], *args: Any) -> int:
     """Those of the matrix products and convolutions in one call; nothing is computed.
 
     A loop of unknown length counts once, of several branches the one with the most, and a kernel
-    that was written by hand not at all.
+    that was written by hand at most once.
     """
     return _of_jaxpr(jax.make_jaxpr(function)(*args))
 
