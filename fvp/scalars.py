@@ -54,7 +54,5 @@ class Scalars:
     def __eq__(self, other: object) -> bool:
         return type(self) is type(other) and bool(np.all(self.values == vars(other)["values"]))
 
-    __hash__ = None  # pyright: ignore[reportAssignmentType]
-
     def __repr__(self) -> str:
         return f"{type(self).__name__}({', '.join(self._fields)}: {self.values!r})"

@@ -570,6 +570,18 @@ def test_a_gradient_that_is_not_finite_does_not_wait(make):
     assert "1 gradient waiting for one step" in fvp.describe(state)
 
 
+def test_a_batch_that_needs_not_wait_steps_by_itself():
+    x, y = digits()
+    params, step = start(), stepper(tx := natural_gradient())
+    state = with_bases(with_noise(tx.init(params)))
+    _, waiting, _ = step(params, state, x[:4], y[:4])
+    assert noise_of(waiting).waiting == 1
+    expected, _, _ = step(params, state, x[:1700], y[:1700])
+    found, after, _ = step(params, waiting, x[:1700], y[:1700])
+    jax.tree.map(np.testing.assert_array_equal, found, expected)
+    assert noise_of(after).waiting == 0
+
+
 @pytest.mark.parametrize(
     ("batch_size", "number"), [(1, 4), (800, 4), (1000, 3), (2000, 2), (3000, 1)]
 )

@@ -23,10 +23,10 @@ class LearnedLength(Scalars):
     The slope of the next batch along the steps just taken is an unbiased estimate of the true one
     where they ended, since that batch had no part in them. While it still points downhill steps are
     too short, and else too long: the logarithm of the length moves by the slope over its root mean
-    square, times a rate r that falls from a half to a hundredth over the first 392 slopes. So no
-    units matter. No slope counts more than one root of that mean, so that no batch matters much,
-    unless it moves the logarithm by less than a tenth: many batches that are fitted would outvote
-    the rare one that is not.
+    square, times a rate r that falls from a half to a hundredth, for each gradient of a mean, over
+    the first 392 slopes. So no units matter. No slope counts more than one root of that mean, so
+    that no batch matters much, unless it moves the logarithm by less than a tenth: many batches
+    that are fitted would outvote the rare one that is not.
 
     That is too soon for coordinates of little curvature, whose slopes are small against the noise
     of the steep ones and would last for many steps. So half of the movement is that of a second

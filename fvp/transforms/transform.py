@@ -82,7 +82,10 @@ def build_transform(options: Options) -> optax.GradientTransformationExtraArgs:
 
         def led() -> tuple[Params, NaturalGradientState]:
             if number == 1:
-                return noise_step(options, slope_of, square, gradient, state)
+                # What waits from smaller batches is left out, as the few examples that it is.
+                alone = state.noise._replace(waiting=jnp.zeros((), jnp.int32))
+                one = state._replace(noise=alone)
+                return noise_step(options, slope_of, square, gradient, one)
             mean = mean_gradient(slope_of, state)
             return noise_step(options, mean, tree_vdot(mean, mean), gradient, state)
 
