@@ -161,6 +161,82 @@ def losses_of_searched_steps(model_fn, solver, params, batch, targets, count):
     return run(params)
 
 
+@pytest.mark.parametrize(("name", "damping"), [("softmax", 1e-2), ("gaussian", 1.0)])
+def test_corrections_of_a_searched_step_are_those_of_dense_solves(name, damping):
+    """Of every length that is tried, with J and H at the start; the loss ends them."""
+    head, model_fn, params, x, targets, weights, values = problem(name)
+    flat, unravel = ravel_pytree(params)
+    w = (weights / weights.sum()).reshape(-1, *(1,) * head.event_ndim)
+    model = jax.jit(lambda flat: model_fn(unravel(jnp.asarray(flat)), x))
+    nll = lambda z: head.nll(z, targets) @ (weights / weights.sum())
+    start, jacobian = model(flat), np.asarray(jax.jacobian(model)(flat))
+    inverse = np.linalg.inv(values["fisher"] + damping * np.eye(flat.size))
+    d = inverse @ values["gradient"]
+    change, before = jacobian @ d, nll(start)
+
+    def tried(length):
+        """The lowest loss of the corrected steps, and its step."""
+        step, found = length * d, []
+        for count in range(9):
+            z = model(flat - step)
+            if count > 0 and found and not nll(z) < min(loss for loss, _ in found):
+                break
+            if count > 0:
+                found.append((nll(z), step))
+            weighted = w * head.fisher(start, z - (start - length * change))
+            more = inverse @ np.tensordot(weighted, jacobian, weighted.ndim)
+            if count == 0 and np.linalg.norm(more) > 0.75 * np.linalg.norm(step):
+                return np.inf, step
+            step = step + more
+        return min(found, key=lambda pair: pair[0])
+
+    length, (loss, expected) = 1.0, tried(1.0)
+    while not loss < before or tried(0.5 * length)[0] <= loss:
+        length = 0.5 * length
+        loss, expected = tried(length)
+    options = {"damping": damping, "solver": "dense", "line_search": "loss", "geodesic": True}
+    tx = fvp.natural_gradient(1.0, model_fn, head, **options)
+    gradient = unravel(jnp.asarray(values["gradient"]))
+    data = {"batch": x, "targets": targets, "weights": weights}
+    updates, _ = jax.jit(tx.update)(gradient, tx.init(params), params, **data)
+    bend = np.linalg.norm(expected - length * d)
+    assert bend > 1e-3 * np.linalg.norm(d)  # or it would not be about corrections
+    np.testing.assert_allclose(ravel_pytree(updates)[0], -expected, rtol=1e-7, atol=1e-9)
+
+
+def test_where_no_length_will_do_damping_grows():
+    """As after any step that failed, however short the last length is."""
+    model_fn, head = lambda w, x: x @ w, fvp.Gaussian()
+    x, y, w = jnp.eye(2), jnp.ones((2, 1)), jnp.zeros((2, 1))
+    value_fn = lambda params, _: jnp.where(jnp.all(params == 0), 0.5, jnp.inf)
+    options = {"solver": "dense", "line_search": "loss", "geodesic": True}
+    tx = fvp.natural_gradient(1.0, model_fn, head, **options)
+    gradient = jax.grad(lambda w: head.nll(model_fn(w, x), y).mean())(w)
+    state, dampings = tx.init(w), []
+    for _ in range(4):
+        updates, state = tx.update(gradient, state, w, batch=x, value_fn=value_fn)
+        assert not state.accepted
+        np.testing.assert_array_equal(updates, 0)
+        dampings.append(float(state.damping))
+    assert dampings[2] == pytest.approx(30 * dampings[1])
+    assert dampings[3] == pytest.approx(30 * dampings[2])
+
+
+def test_searched_bent_steps_stay_within_a_bound_on_their_divergence():
+    head, model_fn, params, x, targets, *_ = problem("softmax")
+    options = {"solver": "dense", "line_search": "loss", "geodesic": True, "max_kl": 1e-3}
+    tx = fvp.natural_gradient(1.0, model_fn, head, damping=1e-6, **options)
+    loss = lambda params: head.nll(model_fn(params, x), targets).mean()
+    updates, state = tx.update(
+        jax.grad(loss)(params), tx.init(params), params, batch=x, targets=targets
+    )
+    after = optax.apply_updates(params, updates)
+    divergence = head.kl(model_fn(params, x), model_fn(after, x)).mean()
+    assert state.accepted
+    assert 1e-5 < divergence <= 1.05e-3
+    assert loss(after) < loss(params)
+
+
 def test_a_first_step_is_no_longer_than_its_bend_allows():
     """BoxBOD of NIST's StRD: the whole undamped step lowers the loss, and ends where it is flat."""
     t = jnp.array([1.0, 2.0, 3.0, 5.0, 7.0, 10.0])

@@ -532,13 +532,13 @@ def test_classical_rule_keeps_damping_between_bounds(damping, error):
     ("before", "part", "accepted", "after"),
     [
         (0.0, 1.0, True, 0.0),  # nothing was needed
-        (0.0, 1 / 16, True, 0.0),
-        (0.0, 1 / 32, True, -1.0),  # to be chosen by the next step
+        (0.0, 1 / 8, True, 0.0),
+        (0.0, 1 / 16, True, -1.0),  # to be chosen by the next step
         (0.0, 1.0, False, -1.0),
-        (3.0, 1 / 32, True, 90.0),
+        (3.0, 1 / 16, True, 90.0),
         (3.0, 1.0, False, 90.0),
-        (3.0, 1 / 16, True, 3.0),
-        (3.0, 1 / 8, True, 0.1),
+        (3.0, 1 / 8, True, 3.0),
+        (3.0, 1 / 4, True, 0.1),
         (3.0, 1.0, True, 0.1),
     ],
 )
@@ -560,6 +560,14 @@ def test_searched_damping_stops_growing_where_it_makes_gradient_steps():
             jnp.float32(3), Step(*numbers), rejected, jnp.asarray(False)
         )
         np.testing.assert_allclose(state, after, rtol=1e-6)
+
+
+def test_searched_damping_grows_where_the_solve_was_lost():
+    """Its curvature is rounding then, and does not tell a gradient step."""
+    lost = Outcome(jnp.asarray(jnp.inf), jnp.asarray(0.0), jnp.asarray(True))
+    numbers = [jnp.asarray(x) for x in (2.0, 2.0, 4000.0, 1.0, 3.0, 1.0)]
+    state = SearchedDamping().correct(jnp.float32(3), Step(*numbers), lost, jnp.asarray(False))
+    np.testing.assert_allclose(state, 90, rtol=1e-6)
 
 
 @pytest.mark.parametrize(
@@ -622,19 +630,19 @@ def test_halving_search_stops_where_the_loss_rises_again():
         return jnp.asarray({1: jnp.nan, 0.5: 9.0, 0.25: 2.0, 0.125: 1.0, 0.0625: 1.5}[asked[-1]])
 
     with jax.disable_jit():
-        length, best = halving_search(loss, jnp.asarray(5.0))
-    assert (float(length), float(best)) == (0.125, 1.0)
+        found = halving_search(lambda a: (loss(a), 3 * a), jnp.asarray(5.0), jnp.zeros(()))
+    assert tuple(map(float, found)) == (0.125, 1.0, 0.375)
     assert asked == [1, 0.5, 0.25, 0.125, 0.0625]
 
 
 def test_halving_search_where_nothing_is_better():
-    length, best = halving_search(lambda a: 5 + a, jnp.asarray(5.0))
+    length, best, _ = halving_search(lambda a: (5 + a, None), jnp.asarray(5.0))
     assert float(length) <= 2.0**-20
     assert float(best) == 5 + float(length)  # the loss at the length that is returned
 
 
 def test_halving_search_goes_on_where_the_step_is_far_too_long():
-    length, best = halving_search(lambda a: (1e20 * a - 1.0) ** 2, jnp.asarray(1.0))
+    length, best, _ = halving_search(lambda a: ((1e20 * a - 1.0) ** 2, None), jnp.asarray(1.0))
     assert float(best) < 1
     assert float(length) < 2e-20
 

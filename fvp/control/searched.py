@@ -15,7 +15,7 @@ from fvp.typing import Params
 
 # Where these numbers come from: docs/decisions/steps.md
 _CHANGE = 30.0  # of the damping, up or down
-_SHORT, _LONG = 1 / 16, 1 / 8  # parts of a step below which damping grows, from which it falls
+_SHORT, _LONG = 1 / 8, 1 / 4  # parts of a step below which damping grows, from which it falls
 _LEADS = 1e3  # damping over the curvature along a step above which it grows no more
 _FIRST = 1e-3  # first damping over the curvature along the gradient
 _LEAST = 2.0**-30  # the same over the norm of the gradient, where F all but vanishes
@@ -28,9 +28,9 @@ class SearchedDamping(DampingRule):
 
     An undamped step is exact where the model is linear, and the fastest near the minimum. Far from
     it the smallest eigenvalues make it so long that the search leaves next to nothing of it, and
-    training stands still: where less than 1/16 is left, damping starts at 1e-3 of the curvature
+    training stands still: where less than 1/8 is left, damping starts at 1e-3 of the curvature
     along the gradient, and grows 30 times after each such step, as long as it does not make a
-    gradient step of it, which the search can shorten as well. It falls 30 times where 1/8 or more
+    gradient step of it, which the search can shorten as well. It falls 30 times where 1/4 or more
     is left, down to what the solver's rounding needs.
 
     The state is the damping, float32: 0 while none was needed.
@@ -57,9 +57,10 @@ class SearchedDamping(DampingRule):
 
     def correct(self, state: Array, step: Step, outcome: Outcome, accepted: Array) -> Array:
         """From the part of the step that the search left."""
-        del outcome
         damping = jnp.asarray(step.damping, state.dtype)
-        leads = step.damping_term > _LEADS * step.curvature
+        # Of a solve that was lost, whose error is infinite, the curvature is rounding.
+        known = jnp.isfinite(outcome.error)
+        leads = known & (step.damping_term > _LEADS * step.curvature)
         grown = jnp.where(state > 0, jnp.where(leads, 1, _CHANGE) * damping, _UNKNOWN)
         fallen = jnp.where(state > 0, damping / _CHANGE, 0)
         long = accepted & (step.part >= _LONG)

@@ -10,6 +10,7 @@ import jax.numpy as jnp
 from jax import Array
 
 _CORRECTIONS, _HALVINGS = 12, 60  # docs/decisions/steps.md
+SLACK = 1.05  # of the bound; docs/decisions/steps.md
 
 
 def length_within_kl(
@@ -64,4 +65,4 @@ def length_within_kl(
         unfinished, shorten, (length, divergence(length), jnp.zeros((), jnp.int32))
     )
     # A bound is a bound: where the correction has not settled, no step is taken.
-    return jnp.where(kl <= 1.05 * bound, length, 0)
+    return jnp.where(kl <= SLACK * bound, length, 0)

@@ -70,7 +70,6 @@ def find_direction(
     if options.solver.approximate:
         descent = tree_is_finite(solution) & jnp.isfinite(curvature) & (slope > 0)
     correction = None
-    if options.geodesic:
-        searched = options.line_search == "loss"
-        correction = geodesic_correction(system, solution, searched=searched)
+    if options.geodesic and options.line_search != "loss":  # which bends each length that it tries
+        correction = geodesic_correction(system, solution)
     return Direction(Path(solution, correction), slope, curvature, damping_term, descent, info)

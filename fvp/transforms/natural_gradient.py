@@ -126,9 +126,10 @@ def scale_by_fisher(
       geodesic: whether the step bends with the outputs: half the square of its length times
         (curvature + damping)^-1 J^T H z'', with z'' the second derivative of the outputs along the
         direction, is added (geodesic acceleration), unless that is longer than 3/4 of the
-        direction; ``line_search="loss"`` starts at a length where it is not. Costs a JVP of a JVP
-        and a second solve, which is cheap where the first was exact. Least squares in badly scaled
-        parameters, such as PDE residuals, then take far longer steps.
+        direction. With ``line_search="loss"`` every length that is tried is corrected, up to eight
+        times where the solver is exact, by the damped solution for what its outputs are off from
+        where the linear model has them: a forward pass and one more solve with the same factors.
+        Least squares in badly scaled parameters, such as PDE residuals, then take far longer steps.
       chunk_size: examples linearised at a time, see `fvp.fisher`.
       batch_axes: the example axes of ``batch``, see `fvp.fisher`.
       axis_name: mesh axes that the batch is split over inside ``shard_map``, see
@@ -254,9 +255,10 @@ def natural_gradient(
       geodesic: whether the step bends with the outputs: half the square of its length times
         (curvature + damping)^-1 J^T H z'', with z'' the second derivative of the outputs along the
         direction, is added (geodesic acceleration), unless that is longer than 3/4 of the
-        direction; ``line_search="loss"`` starts at a length where it is not. Costs a JVP of a JVP
-        and a second solve, which is cheap where the first was exact. Least squares in badly scaled
-        parameters, such as PDE residuals, then take far longer steps.
+        direction. With ``line_search="loss"`` every length that is tried is corrected, up to eight
+        times where the solver is exact, by the damped solution for what its outputs are off from
+        where the linear model has them: a forward pass and one more solve with the same factors.
+        Least squares in badly scaled parameters, such as PDE residuals, then take far longer steps.
       chunk_size: examples linearised at a time, see `fvp.fisher`.
       batch_axes: the example axes of ``batch``, see `fvp.fisher`.
       axis_name: mesh axes that the batch is split over inside ``shard_map``, see

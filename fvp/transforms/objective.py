@@ -84,15 +84,19 @@ class Objective:
 
     def divergence(self, params: Params) -> Array:
         """Exact mean KL from the model at the operator to the one at ``params``."""
-        assert self.problem is not None
-        return self.problem.kl(self.operator.linearized.output, self.outputs(params))
+        return self.kl(self.outputs(params))
 
-    def loss(self, params: Params) -> Array:
-        """The loss of other parameters, with the l2 term."""
+    def kl(self, z: Array) -> Array:
+        """Exact mean KL from the model at the operator to the one with the outputs ``z``."""
+        assert self.problem is not None
+        return self.problem.kl(self.operator.linearized.output, z)
+
+    def loss(self, params: Params, output: Array | None = None) -> Array:
+        """The loss of other parameters, with the l2 term; ``output`` is their z, where known."""
         if self.data.value_fn is not None:
             value = jnp.asarray(self.data.value_fn(self._whole(params), self.data.batch))
         else:
-            value = self.nll(self.outputs(params))
+            value = self.nll(self.outputs(params) if output is None else output)
         return value + self._penalty(params)
 
     def loss_before(self) -> Array:
@@ -106,11 +110,14 @@ class Objective:
             value = self.data.value_fn(self._whole(self.params), self.data.batch)
         return jnp.asarray(value) + self._penalty(self.params)
 
-    def search_loss(self, at: Callable[[Any], Params]) -> tuple[Array, Array]:
-        """The length that the loss prefers among steps to ``at(length)``, and the loss there."""
+    def check_has_loss(self) -> None:
+        """Raises unless steps can be tried on the loss."""
         if not self.data.has_loss:
             raise ValueError('line_search: "loss" expects batch=, and targets= or value_fn=.')
-        return halving_search(lambda a: self.loss(at(a)), self.loss_before())
+
+    def search_loss(self, at: Callable[[Any], Params]) -> tuple[Array, Array]:
+        """The length that the loss prefers among steps to ``at(length)``, and the loss there."""
+        return halving_search(lambda a: (self.loss(at(a)), None), self.loss_before())[:2]
 
     def search_outputs(self, direction: Params, length: Any) -> Array:
         """The multiple of ``length`` that the loss of the linearised outputs prefers."""

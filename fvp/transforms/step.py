@@ -66,7 +66,8 @@ def take_step(
         noisy=options.rule.noisy(control),
     )
     seen = tree_where(verdict.sound, attempt.control, state.control)
-    step = attempt.direction.path.step(record.length)
+    bent = attempt.length.step
+    step = attempt.direction.path.step(record.length) if bent is None else bent
     step = tree_where(accepted, step, tree_zeros_like(step))
     update = jax.tree.map(lambda x: (options.sign * x).astype(x.dtype), step)
     damping = jnp.where(jnp.isfinite(attempt.damping), attempt.damping, state.damping)
@@ -111,7 +112,8 @@ def _attempt(
     momentum = _momentum(options, control, state.count)
     direction = find_direction(options, system, slope_of, state.direction, momentum)
     moves = Moves(objective.params, direction.path, gradient)
-    length = choose_length(options, objective, direction, moves, options.rate(state.count))
+    rate = options.rate(state.count)
+    length = choose_length(options, objective, system, direction, moves, rate)
     record = Step(
         slope=direction.slope,
         curvature=direction.curvature + _penalty_curvature(options, direction.path.direction),
