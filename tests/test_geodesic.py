@@ -222,6 +222,22 @@ def test_where_no_length_will_do_damping_grows():
     assert dampings[3] == pytest.approx(30 * dampings[2])
 
 
+@pytest.mark.parametrize("solver", ["dense", "dual"])
+def test_searched_bent_steps_read_no_example_of_no_weight(solver):
+    head, model_fn, params, x, targets, weights, values = problem("gaussian")
+    gradient = ravel_pytree(params)[1](jnp.asarray(values["gradient"]))
+    options = {"damping": 1e-2, "solver": solver, "line_search": "loss", "geodesic": True}
+    tx = fvp.natural_gradient(1.0, model_fn, head, **options)
+    data = {"targets": targets, "weights": weights}
+    assert weights[1] == 0
+    updates = []
+    for batch in (x, x.at[1].set(jnp.nan)):
+        step, state = tx.update(gradient, tx.init(params), params, batch=batch, **data)
+        assert state.accepted
+        updates.append(ravel_pytree(step)[0])
+    np.testing.assert_allclose(*updates, rtol=1e-8, atol=1e-12)
+
+
 def test_searched_bent_steps_stay_within_a_bound_on_their_divergence():
     head, model_fn, params, x, targets, *_ = problem("softmax")
     options = {"solver": "dense", "line_search": "loss", "geodesic": True, "max_kl": 1e-3}

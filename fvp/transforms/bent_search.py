@@ -90,8 +90,9 @@ class BentSearch:
             far = (trial.evaluations == 1) & ~(tree_norm(more) <= most)
             step = tree_axpy(1, more, trial.step)
             params = self.after(step)
-            z = self.objective.outputs(params)
-            loss = self.objective.loss(params, z).astype(dtype)
+            # Of the operator's batch, whose rows of no weight are finite; the loss has its own.
+            z = problem_of(self.system).outputs(params)
+            loss = self.objective.loss(params).astype(dtype)
             # The straight step is not one of them: where it is lower, the valley is left.
             sound = ~first & ~far & jnp.isfinite(loss) & self.allowed(z)
             lower = sound & (loss < trial.loss)

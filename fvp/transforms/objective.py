@@ -91,12 +91,12 @@ class Objective:
         assert self.problem is not None
         return self.problem.kl(self.operator.linearized.output, z)
 
-    def loss(self, params: Params, output: Array | None = None) -> Array:
-        """The loss of other parameters, with the l2 term; ``output`` is their z, where known."""
+    def loss(self, params: Params) -> Array:
+        """The loss of other parameters, with the l2 term."""
         if self.data.value_fn is not None:
             value = jnp.asarray(self.data.value_fn(self._whole(params), self.data.batch))
         else:
-            value = self.nll(self.outputs(params) if output is None else output)
+            value = self.nll(self.outputs(params))
         return value + self._penalty(params)
 
     def loss_before(self) -> Array:
