@@ -20,6 +20,7 @@ import json
 import os
 import pathlib
 import platform
+import re
 import subprocess
 import sys
 import time
@@ -29,6 +30,7 @@ from _environments import environment
 from comparison.contest import FEWEST_ROUNDS, contest
 from comparison.libraries import libraries
 from comparison.plots import draw
+from comparison.program import MEASURES
 from comparison.tables import details, ratios, slower
 from comparison.workloads import PRESETS
 from tqdm import tqdm
@@ -86,6 +88,7 @@ def main() -> None:
     parser.add_argument("--preset", choices=PRESETS, default="small", help="large is for GPUs")
     parser.add_argument("--workloads", default=",".join(PRESETS["small"]))
     parser.add_argument("--libraries", default=",".join(known), help="comma-separated, fvp first")
+    parser.add_argument("--measures", default=",".join(MEASURES), help="comma-separated names")
     parser.add_argument("--threads", type=int, default=1, help="of each process, which is pinned")
     parser.add_argument("--rounds", type=int, default=20, help="at most")
     parser.add_argument("--seconds", type=float, default=30, help="of a workload's further rounds")
@@ -93,7 +96,9 @@ def main() -> None:
     parser.add_argument("--out", type=pathlib.Path, default=pathlib.Path("out/compare"))
     arguments = parser.parse_args()
     names, workloads = arguments.libraries.split(","), arguments.workloads.split(",")
-    if unknown := {*names} - {*known} | {*workloads} - {*PRESETS["small"]}:
+    measures = re.split(r",(?! )", arguments.measures)
+    unknown = {*names} - {*known} | {*workloads} - {*PRESETS["small"]} | {*measures} - {*MEASURES}
+    if unknown:
         parser.error(f"unknown {', '.join(sorted(unknown))}; see --help")
     (arguments.out / "logs").mkdir(parents=True, exist_ok=True)
     start = time.perf_counter()
@@ -104,7 +109,7 @@ def main() -> None:
         results |= {"threads": arguments.threads, "setup_seconds": time.perf_counter() - start}
         for name in [] if arguments.setup else workloads:
             cpus = sorted(os.sched_getaffinity(0))[: arguments.threads]
-            with contest(name, arguments.preset, cpus, arguments.out / "logs") as this:
+            with contest(name, arguments.preset, measures, cpus, arguments.out / "logs") as this:
                 for library, python in chosen.items():
                     progress.set_description(f"{name}: {library}")
                     this.prepare(library, python)

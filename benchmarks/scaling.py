@@ -1,6 +1,7 @@
-"""Scaling of a product, a CG solve and a training step of a decoder-only transformer over devices.
+"""Scaling of products, a CG solve and a training step of a decoder-only transformer over devices.
 
 python benchmarks/scaling.py --preset laptop          # 1, 2, 4, 8 forced CPU devices
+python benchmarks/scaling.py --preset 124m            # whatever devices JAX finds
 python benchmarks/scaling.py --preset 7b --analyse    # compiled, never run: flops, bytes, memory
 
 Weak scaling keeps the batch per device, strong scaling the whole batch. Forced CPU devices share
@@ -47,7 +48,9 @@ PRESETS = {
     "1b": Preset(24, 2048, 16, 50304, 2048, 2, "bfloat16"),
     "7b": Preset(32, 4096, 32, 50304, 2048, 1, "bfloat16"),
 }
+MODES = ("weak", "strong")
 CG_ITERATIONS = 10
+PRODUCTS = {"product": 1, "products": CG_ITERATIONS, "cg": CG_ITERATIONS, "step": CG_ITERATIONS}
 # Dense bfloat16 peak in flop/s by the manufacturers' data sheets.
 PEAK_FLOPS = {
     "NVIDIA A100": 312e12,
@@ -122,6 +125,12 @@ def programs(preset: Preset) -> dict[str, Callable[..., Any]]:
         del targets
         return fvp.fisher_vector_product(model_fn, head, params, tokens, params)
 
+    def products(params: Any, tokens: Any, targets: Any) -> Any:
+        del targets
+        operator = fvp.fisher(model_fn, head, params, tokens)
+        add = lambda _, v: jax.tree.map(jnp.add, v, operator @ v)
+        return jax.lax.fori_loop(0, CG_ITERATIONS, add, params)
+
     def solve(params: Any, tokens: Any, targets: Any) -> Any:
         del targets
         operator = fvp.fisher(model_fn, head, params, tokens)
@@ -133,7 +142,13 @@ def programs(preset: Preset) -> dict[str, Callable[..., Any]]:
         updates, _ = tx.update(grads, tx.init(params), params, operator=operator)
         return optax.apply_updates(params, updates)
 
-    return {"gradient": gradient, "product": product, "cg": solve, "step": step}
+    return {
+        "gradient": gradient,
+        "product": product,
+        "products": products,
+        "cg": solve,
+        "step": step,
+    }
 
 
 def shardings(params: Any, mesh: Mesh, layout: str) -> Any:
@@ -169,9 +184,8 @@ def measure(
     if repeats:
         row["seconds"] = median_seconds({name: compiled}, arguments, repeats)[name]
         row["tokens_per_second"] = math.prod(shape) / row["seconds"]
-        products = {"product": 1, "cg": CG_ITERATIONS, "step": CG_ITERATIONS}.get(name)
-        if products:
-            row["products_per_second"] = products / row["seconds"]
+        if count_of_products := PRODUCTS.get(name):
+            row["products_per_second"] = count_of_products / row["seconds"]
         peak = next(
             (v for k, v in PEAK_FLOPS.items() if jax.devices()[0].device_kind.startswith(k)), None
         )
@@ -188,7 +202,7 @@ def run(arguments: argparse.Namespace) -> Iterator[dict[str, Any]]:
     suite = programs(preset)
     cases = [
         (mode, n, name)
-        for mode in ("weak", "strong")
+        for mode in arguments.modes
         for n in counts
         for name in suite
         if mode == "weak" or 8 * preset.sequences % n == 0
@@ -220,6 +234,21 @@ def run(arguments: argparse.Namespace) -> Iterator[dict[str, Any]]:
         yield {"mode": mode, **row}
 
 
+def marginal(rows: list[dict[str, Any]]) -> dict[str, float]:
+    """What one product more costs, in gradients, and the vectors of CG, of rows of one size."""
+    seconds = {row["program"]: row["seconds"] for row in rows}
+    flops = {row["program"]: row["flops_per_device"] for row in rows}
+    of_one = lambda cost: (cost["products"] - cost["product"]) / (CG_ITERATIONS - 1)
+    rate = lambda cost, time: cost / time
+    return {
+        "marginal product in gradients": of_one(seconds) / seconds["gradient"],
+        "its flops in gradients": of_one(flops) / flops["gradient"],
+        "its flop/s in those of the gradient": rate(of_one(flops), of_one(seconds))
+        / rate(flops["gradient"], seconds["gradient"]),
+        "vector work in a CG solve": 1 - seconds["products"] / seconds["cg"],
+    }
+
+
 def report(rows: list[dict[str, Any]]) -> None:
     """Prints the table."""
     print(
@@ -233,7 +262,11 @@ def report(rows: list[dict[str, Any]]) -> None:
             f"{r['flops_per_device'] / 1e9:>11.3f}{r['collective_bytes'] / 1e6:>10.2f}"
             f"{r['collective_bytes'] / r['parameter_bytes']:>12.2f}"
             f"{(r['temporary_bytes'] or math.nan) / 1e6:>10.1f}"
+            + (f"{r['fraction_of_peak']:>9.3f} of peak" if "fraction_of_peak" in r else "")
         )
+    for mode, count in dict.fromkeys((r["mode"], r["devices"]) for r in rows if "seconds" in r):
+        alike = [r for r in rows if (r["mode"], r["devices"]) == (mode, count)]
+        print(f"{mode}, {count}:", *(f"{k} {v:.3f}" for k, v in marginal(alike).items()), sep="  ")
 
 
 def plot(rows: list[dict[str, Any]], path: pathlib.Path) -> None:
@@ -252,17 +285,20 @@ def plot(rows: list[dict[str, Any]], path: pathlib.Path) -> None:
     ]
     devices = sorted({r["devices"] for r in rows})
     panels = [panel for panel in panels if panel[0] in rows[0]]
+    modes = [mode for mode in MODES if any(r["mode"] == mode for r in rows)]
     figure, axes = plt.subplots(
-        2,
+        len(modes),
         len(panels),
-        figsize=(3.6 * len(panels), 6),
+        figsize=(3.6 * len(panels), 3 * len(modes)),
         sharex=True,
         squeeze=False,
         layout="constrained",
     )
-    for line, mode in zip(axes, ("weak", "strong"), strict=True):
+    for line, mode in zip(axes, modes, strict=True):
         for axis, (field, unit, label) in zip(line, panels, strict=True):
-            for name, style in zip(("gradient", "product", "cg", "step"), "osv^", strict=True):
+            for name, style in zip(
+                ("gradient", "product", "products", "cg", "step"), "os*v^", strict=True
+            ):
                 chosen = [r for r in rows if r["mode"] == mode and r["program"] == name]
                 values = [r[field] / unit for r in chosen]
                 axis.plot([r["devices"] for r in chosen], values, f"{style}-", label=name)
@@ -279,7 +315,7 @@ def plot(rows: list[dict[str, Any]], path: pathlib.Path) -> None:
             axis.grid(alpha=0.3)
     for axis in axes[-1]:
         axis.set_xlabel("devices")
-    figure.legend(*axes[0][0].get_legend_handles_labels(), loc="outside lower center", ncols=4)
+    figure.legend(*axes[0][0].get_legend_handles_labels(), loc="outside lower center", ncols=5)
     figure.savefig(path, dpi=130)
 
 
@@ -289,6 +325,7 @@ def main() -> None:
     parser.add_argument("--preset", choices=PRESETS, default="laptop")
     parser.add_argument("--layout", choices=("dp", "fsdp"), default="dp")
     parser.add_argument("--cpu-devices", type=int, help="force this many CPU devices (laptop: 8)")
+    parser.add_argument("--modes", nargs="+", choices=MODES, default=MODES)
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--analyse", action="store_true", help="compile only, run nothing")
     parser.add_argument("--output", type=pathlib.Path, default=pathlib.Path("out"))

@@ -13,7 +13,6 @@ import numpy as np
 
 from comparison.client import Client, WorkerDied
 from comparison.libraries import libraries
-from comparison.program import MEASURES
 from comparison.workloads import workload
 
 PREPARE_SECONDS = 60.0  # compilation and first run of a measure
@@ -33,8 +32,11 @@ def rested(row: Record) -> bool:
 class Contest:
     """The processes of a workload. What they answered is in ``record``."""
 
-    def __init__(self, name: str, preset: str, cpus: Sequence[int], log: TextIO) -> None:
+    def __init__(
+        self, name: str, preset: str, measures: Sequence[str], cpus: Sequence[int], log: TextIO
+    ) -> None:
         work = workload(name, preset)
+        self.measures = measures
         self.known = libraries()
         self.process = lambda python: Client(python, name, preset, cpus, log)
         self.clients: dict[str, Client] = {}  # by interpreter
@@ -84,7 +86,8 @@ class Contest:
             record["error"] = answer["error"]
             return
         record["versions"], rows = answer["versions"], record["measures"]
-        for measure in (measure for measure in MEASURES if measure in answer["measures"]):
+        record["device"] = answer["device"]
+        for measure in (measure for measure in self.measures if measure in answer["measures"]):
             reason = answer["measures"][measure]
             rows[measure] = {"skipped": reason} if reason else {}
             if not reason:
@@ -111,7 +114,7 @@ class Contest:
         """Every measure once with each library that has it, side by side."""
         names = list(self.pythons)
         first = count % len(names)
-        for measure in MEASURES:
+        for measure in self.measures:
             for name in names[first:] + names[:first]:
                 row = self.record["libraries"][name]["measures"].get(measure, {})
                 if "seconds" not in row or rested(row):
@@ -128,10 +131,12 @@ class Contest:
 
 
 @contextlib.contextmanager
-def contest(name: str, preset: str, cpus: Sequence[int], logs: pathlib.Path) -> Iterator[Contest]:
+def contest(
+    name: str, preset: str, measures: Sequence[str], cpus: Sequence[int], logs: pathlib.Path
+) -> Iterator[Contest]:
     """A contest whose processes are ended on the way out."""
     with (logs / f"{name}.txt").open("w") as log:
-        this = Contest(name, preset, cpus, log)
+        this = Contest(name, preset, measures, cpus, log)
         try:
             yield this
         finally:

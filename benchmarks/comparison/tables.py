@@ -95,7 +95,9 @@ def ratios(results: Record) -> str:
             last = f"{middle:.2f} ({low:.2f}-{high:.2f}) {best[0]}" if best else "-"
             table.append([measure, *cells, last])
         head = ["", OWN, *(n for n in libraries if n != OWN), "fvp / best other"]
-        text += f"\n## {workload}\n\n{record['description']}\n\n{markdown(head, table)}\n"
+        chip = record["libraries"].get(OWN, {}).get("device", "cpu")
+        where = "" if chip == "cpu" else f", on one {chip}"
+        text += f"\n## {workload}\n\n{record['description']}{where}\n\n{markdown(head, table)}\n"
         text += errors(record)
     return text
 

@@ -61,6 +61,15 @@ def compiled(program: Program, count: int | None) -> tuple[Run, dict[str, Any]]:
     return lambda *other: jax.block_until_ready(executable(*args, *(other or counts))), known
 
 
+def device() -> str:
+    """The chip that the programs run on."""
+    if "jax" not in sys.modules:
+        return "cpu"  # the programs of PyTorch are on no other
+    import jax
+
+    return jax.devices()[0].device_kind
+
+
 class Worker:
     """The programs of an environment's libraries, and those that are ready to run."""
 
@@ -71,12 +80,12 @@ class Worker:
         self.ready: dict[tuple[str, str], tuple[Run, int, int]] = {}
 
     def load(self, library: str, module: str, function: str, packages: list[str]) -> dict[str, Any]:
-        """The measures of a library, with the reason where it is not run, and its versions."""
+        """Measures of a library, or why it runs none; its versions, and the device."""
         make = getattr(importlib.import_module(f"comparison.{module}"), function)
         self.programs[library] = programs = make(self.work)
         reasons = {k: p if isinstance(p, str) else None for k, p in programs.items()}
         versions = {name: importlib.metadata.version(name) for name in packages}
-        return {"measures": reasons, "versions": versions}
+        return {"measures": reasons, "versions": versions, "device": device()}
 
     def prepare(self, library: str, measure: str, path: str) -> dict[str, Any]:
         """Compiles and runs once; saves the numbers of the result, if it has some."""
