@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import jax
@@ -110,8 +110,14 @@ def capture(
     Twice, in fact: the first time abstractly, for the shapes of the perturbations.
     """
     program = _Program.of(model_fn, head, params, batch, batch_axes)
-    z, uses = program.uses()
-    axes = ExampleAxes.of(z, uses, program.counts)
+    uses, axes = program.uses()
+    left = _number_unmatched(uses, axes)
+    for rows in _rows_of_constants(uses, program.counts) if left else ():
+        other = dataclasses.replace(program, rows=rows)
+        other_uses, other_axes = other.uses()
+        # Where they are none of the examples' rows, examples meet.
+        if other_axes == axes and _number_unmatched(other_uses, axes) < left:
+            program, uses, left = other, other_uses, _number_unmatched(other_uses, axes)
     output, transpose, records = program.linearized(uses)
     handled = [i for i, record in enumerate(records) if axes.handles(record.use)]
     unmatched = [record.use for i, record in enumerate(records) if i not in handled]
@@ -143,6 +149,7 @@ class _Program:
       inputs: the leaves of the batch.
       entries: for each of them where the batch axes of z are.
       counts: the lengths of the batch axes of z.
+      rows: of constants, see `Interpreter`.
     """
 
     jaxpr: Jaxpr
@@ -150,6 +157,7 @@ class _Program:
     inputs: list[Any]
     entries: list[tuple[BatchAxis | None, ...]]
     counts: tuple[int, ...]
+    rows: Mapping[int, BatchAxis] = dataclasses.field(default_factory=dict)
 
     @classmethod
     def of(
@@ -171,7 +179,7 @@ class _Program:
 
     def evaluate(self, perturbations: Sequence[Array] | None) -> tuple[Value, list[Record]]:
         """The output z, with these added to the outputs of the uses, and the uses' records."""
-        interpreter = Interpreter(self.counts, perturbations)
+        interpreter = Interpreter(self.counts, perturbations, self.rows)
         nowhere = (None,) * len(self.counts)
         values = [
             Value(leaf, nowhere, (ParameterView.of(i, leaf.shape),) if leaf.size else ())
@@ -186,8 +194,8 @@ class _Program:
             restrict(record.use, self.leaves[record.use.view.leaf].shape)
         return z, interpreter.records
 
-    def uses(self) -> tuple[Value, list[ParameterUse]]:
-        """What is known of the output, and the uses, by shapes alone."""
+    def uses(self) -> tuple[list[ParameterUse], ExampleAxes]:
+        """The uses, and the axes along which examples stay apart, by shapes alone."""
         found: list[Any] = []
 
         def abstractly() -> None:
@@ -195,7 +203,8 @@ class _Program:
 
         jax.eval_shape(abstractly)
         z, records = found
-        return z, [record.use for record in records]
+        uses = [record.use for record in records]
+        return uses, ExampleAxes.of(z, uses, self.counts)
 
     def linearized(
         self, uses: Sequence[ParameterUse]
@@ -244,6 +253,28 @@ def _entries(
         tuple(entry(number, *leaf) for number in numbers)
         for leaf in zip(shapes, batch_axes, parts, strict=True)
     ]
+
+
+def _number_unmatched(uses: Sequence[ParameterUse], axes: ExampleAxes) -> int:
+    return sum(use.kind != "nothing" and not axes.handles(use) for use in uses)
+
+
+def _rows_of_constants(
+    uses: Sequence[ParameterUse], counts: Sequence[int]
+) -> Iterator[dict[int, BatchAxis]]:
+    """For the lengths of the parts of the first batch axis in the uses the axis of such a part.
+
+    In turn for each of the parts that are equally long.
+    """
+    parts: dict[int, set[Part]] = {}
+    for axis in (use.batch_axes[0] for use in uses):
+        if isinstance(axis, BatchAxis) and axis.stretch(counts[0]).length > 1:
+            part = axis.stretch(counts[0])
+            parts.setdefault(part.length, set()).add(part)
+    for turn in range(max(map(len, parts.values()), default=0)):
+        chosen = {length: sorted(same)[turn % len(same)] for length, same in parts.items()}
+        axes = {length: BatchAxis(0).of(part, counts[0]) for length, part in chosen.items()}
+        yield {length: axis for length, axis in axes.items() if axis is not None}
 
 
 def _zero_perturbation(use: ParameterUse) -> Any:

@@ -10,7 +10,7 @@ from __future__ import annotations
 import collections
 import dataclasses
 import itertools
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax.numpy as jnp
@@ -20,11 +20,11 @@ from jax.extend.core import Literal
 
 from fvp.compatibility import JIT, bind
 from fvp.tracing import control_flow
-from fvp.tracing.batch_axes import AxisInfo
+from fvp.tracing.batch_axes import AxisInfo, BatchAxis
 from fvp.tracing.batch_axis_rules import ELEMENTWISE, in_operand
 from fvp.tracing.derivative_rules import CUSTOM_RULES, rule_is_of_body
 from fvp.tracing.derived import derived
-from fvp.tracing.jaxprs import Equation, Jaxpr, inner_jaxpr
+from fvp.tracing.jaxprs import Equation, Jaxpr, free_dimensions, inner_jaxpr
 from fvp.tracing.layer_rules import classify, shift
 from fvp.tracing.parameter_views import ParameterView
 from fvp.tracing.propagation import propagate
@@ -48,20 +48,26 @@ class Interpreter:
       counts: the number of examples along each batch axis.
       perturbations: the arrays to add to the outputs of the uses, in the order of `records`;
         None to add nothing.
+      rows: by its length the first batch axis that an axis of a constant is taken for.
       level: how many scans and conditionals this is inside of: values do not outlive them.
     """
 
     def __init__(
-        self, counts: Sequence[int], perturbations: Sequence[Any] | None = None, level: int = 0
+        self,
+        counts: Sequence[int],
+        perturbations: Sequence[Any] | None = None,
+        rows: Mapping[int, BatchAxis] | None = None,
+        level: int = 0,
     ) -> None:
         self.counts = tuple(counts)
+        self.rows = rows or {}
         self.level = level
         self.records: list[Record] = []
         self._perturbations = None if perturbations is None else iter(perturbations)
 
     def child(self, perturbations: Sequence[Any] | None) -> Interpreter:
         """An interpreter of the body of a scan or of a branch."""
-        return Interpreter(self.counts, perturbations, self.level + 1)
+        return Interpreter(self.counts, perturbations, self.rows, self.level + 1)
 
     def run(self, jaxpr: Jaxpr, consts: Sequence[Any], inputs: Sequence[Value]) -> list[Value]:
         """Values of the outputs of ``jaxpr``."""
@@ -101,6 +107,8 @@ class Interpreter:
         if inner is not None and (viewed or name in JIT) and not own_rule:
             return self.run(inner.jaxpr, inner.consts, inputs)
         if free:
+            inputs, free = self._with_rows(eqn, inputs)
+        if free:
             return self._free(eqn, inputs)
         if name == "scan":
             return control_flow.scan(self, eqn, inputs)
@@ -118,6 +126,24 @@ class Interpreter:
         if len(uses) == 1 and not uses[0][0].is_elementwise:
             outputs[0].source = source_of(uses[0][0])
         return outputs
+
+    def _with_rows(self, eqn: Equation, inputs: list[Value]) -> tuple[list[Value], bool]:
+        """The inputs, and whether the batch has no part in them.
+
+        It has one in the product of a parameter with a constant that has a row for each example.
+        """
+        constants = [i for i, value in enumerate(inputs) if not value.views]
+        if eqn.primitive.name != "dot_general" or len(constants) != 1:
+            return inputs, True
+        (position,) = constants
+        shape = jnp.shape(inputs[position].x)
+        dims = [d for d in free_dimensions(eqn)[position] if shape[d] in self.rows]
+        if len(dims) != 1:
+            return inputs, True
+        axes = (self.rows[shape[dims[0]]].at(dims[0]), *inputs[position].batch_axes[1:])
+        inputs = list(inputs)
+        inputs[position] = dataclasses.replace(inputs[position], batch_axes=axes)
+        return inputs, False
 
     def _free(self, eqn: Equation, inputs: list[Value]) -> list[Value]:
         """An equation that the batch has no part in: its outputs are views."""
