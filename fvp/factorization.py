@@ -55,15 +55,6 @@ class SemidefiniteFactor(NamedTuple):
         return cls(cholesky, values, vectors, good)
 
     @classmethod
-    def of_root(cls, root: Array, damping: Array) -> SemidefiniteFactor:
-        """Of root^T root + damping I, from the QR factorisation of ``root`` (N, n).
-
-        As exact as the root itself, not as its square; for a positive damping, which may be as low
-        as 64 eps^2 times the squared norm of the root.
-        """
-        return cls.of_triangle(qr_above_damping(root, damping, mode="r"))
-
-    @classmethod
     def of_triangle(cls, triangle: Array) -> SemidefiniteFactor:
         """Of R^T R for the upper triangular R."""
         unused = jnp.zeros_like(triangle)

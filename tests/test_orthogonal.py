@@ -74,10 +74,16 @@ PARAMS = jnp.asarray(np.random.default_rng(0).normal(size=12))
 X = {n: jnp.asarray(np.random.default_rng(1).normal(size=(n, 2))) for n in (4, 9)}
 
 
+def slope(params, x):
+    """Uses its parameters twice, as differential equations do."""
+    return jax.jvp(lambda x: two_layers(params, x), (x,), (x**2,))[1]
+
+
 @pytest.mark.parametrize("solver", [fvp.Dense(qr=True), fvp.Dual(qr=True)], ids=["dense", "dual"])
+@pytest.mark.parametrize("model", [two_layers, slope])
 @pytest.mark.parametrize("examples", X)
 @pytest.mark.parametrize("damping", [1e-3, 1e-10])
-def test_what_is_no_gradient_at_the_targets_is_solved_as_well(solver, examples, damping):
+def test_what_is_no_gradient_at_the_targets_is_solved_as_well(solver, model, examples, damping):
     """A pull, weights of zero, a change of outputs; against the dense system."""
     x, rng = X[examples], np.random.default_rng(2)
     targets, weights = jnp.asarray(rng.normal(size=(examples, 2))), jnp.arange(examples) / 2.0
@@ -85,7 +91,7 @@ def test_what_is_no_gradient_at_the_targets_is_solved_as_well(solver, examples, 
 
     def solve(params, targets):
         options = {"weights": weights}
-        system, gradient = system_of(two_layers, params, x, targets, solver, damping, **options)
+        system, gradient = system_of(model, params, x, targets, solver, damping, **options)
         rhs = gradient + damping * pull
         matrix = system.damped.operator.dense() + damping * jnp.eye(12)
         bent = system.damped.operator.transpose_product(bend)
@@ -94,6 +100,30 @@ def test_what_is_no_gradient_at_the_targets_is_solved_as_well(solver, examples, 
 
     for found, expected in zip(*jax.jit(solve)(PARAMS, targets), strict=True):
         assert relative_error(found, expected) < 1e-12 / damping
+
+
+@pytest.mark.parametrize("solver", [fvp.Dense(qr=True), fvp.Dual(qr=True)], ids=["dense", "dual"])
+@pytest.mark.parametrize("examples", X)
+@pytest.mark.parametrize("weighted", [False, True])
+def test_the_record_is_that_of_products_with_the_operator(solver, examples, weighted):
+    x, targets = X[examples], jnp.ones((examples, 2))
+    options = {"weights": jnp.arange(examples) - 1.0} if weighted else {}
+    options = options if isinstance(solver, fvp.Dense) else {}  # the other takes no negative ones
+    system, gradient = system_of(slope, PARAMS, x, targets, solver, 1e-2, **options)
+    rhs = gradient + 1e-2 * PARAMS
+    found, info = system.solve(rhs, None)
+    expected = system.damped.record(found, rhs)
+    np.testing.assert_allclose(info.residual_norm, expected.residual_norm, atol=1e-12)
+    for name in ("model_value", "curvature", "damping_term"):
+        np.testing.assert_allclose(getattr(info, name), getattr(expected, name), rtol=1e-10)
+
+
+def test_rows_serve_where_the_matrix_of_examples_is_made_of_them():
+    """Parameters that are used more than once; else layers make it without."""
+    for model, kind in ((slope, "OrthogonalSystem"), (two_layers, "DualSystem")):
+        solver, targets = fvp.Dual(qr=True), jnp.ones((4, 2))
+        system, _ = system_of(model, PARAMS, X[4], targets, solver, 0.0)
+        assert type(system).__name__ == kind
 
 
 def test_it_is_by_the_square_where_damping_is_above_its_rounding(monkeypatch):
@@ -121,7 +151,7 @@ def test_examples_of_negative_weight_are_left_out_of_the_matrix():
 
 @pytest.mark.parametrize("solver", [fvp.Dense(qr=True), fvp.Dual(qr=True)], ids=["dense", "dual"])
 def test_a_jacobian_too_large_for_memory_is_squared(solver, monkeypatch):
-    monkeypatch.setattr("fvp.solvers.orthogonal.MOST_ENTRIES", 10)
+    monkeypatch.setattr("fvp.solvers.dense.MOST_ENTRIES", 10)
     monkeypatch.setattr("fvp.solvers.whitened_jacobian.MOST_ENTRIES", 10)
     system, _ = system_of(two_layers, PARAMS, X[4], jnp.ones((4, 2)), solver, 0.0)
     trace = jnp.trace(system.damped.operator.dense())

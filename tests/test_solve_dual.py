@@ -165,6 +165,19 @@ def test_the_solver_is_chosen_by_shape():
     assert choose(2500, 600) is fvp.CG
 
 
+def test_steps_that_may_go_without_damping_read_the_jacobian_where_qr_is_not_most_of_them():
+    """Dense always; dual up to 16 parameters for each row."""
+
+    def choose(count, width):
+        w, x = jnp.ones((width, 2)), jnp.ones((count, width))
+        operator = fvp.fisher(lambda w, x: x @ w, fvp.Gaussian(), w, x)
+        return fvp.Auto().without_damping().chosen(operator), fvp.Auto().chosen(operator)
+
+    assert choose(50, 10) == (fvp.Dense(qr=True), fvp.Dense())
+    assert choose(5, 80) == (fvp.Dual(qr=True), fvp.Dual())
+    assert choose(5, 81) == (fvp.Dual(), fvp.Dual())
+
+
 def test_no_damping_and_no_exact_solver_is_an_error():
     tx = fvp.scale_by_fisher(lambda w, x: x @ w, fvp.Gaussian(), solver="auto", line_search="loss")
 

@@ -94,7 +94,7 @@ class WhitenedRows:
         )
         return cls(shares, root, make(()), by_images)
 
-    def matrix(self) -> Float[Array, "N P"]:
+    def rows(self) -> Float[Array, "N P"]:
         """All rows, N = K E; zeros for examples of negative weight."""
         rows = self.make(self.columns.all())
         rows = jnp.where(self.shares.reshape(-1, 1) < 0, 0, rows)

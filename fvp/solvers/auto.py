@@ -27,6 +27,7 @@ from fvp.typing import PyTree
 _MOST_ROWS = 4096
 _MOST_PARAMETERS = 1024
 _MOST_EXACT = 8192
+_WIDEST = 16
 
 
 @dataclasses.dataclass(frozen=True)
@@ -39,7 +40,9 @@ class Auto(DampedSolver):
 
     Args:
       cg: the solver where neither matrix is small.
-      exact: for steps that may go without damping, which ``cg`` can't take: both limits are 8192.
+      exact: for steps that may go without damping, which ``cg`` can't take: both limits are 8192,
+        and the Jacobian is factorised by QR where its square loses digits, unless a "dual" one has
+        more than 16 parameters for each row, and QR would be most of the step.
     """
 
     direct: ClassVar[bool] = True
@@ -86,5 +89,5 @@ class Auto(DampedSolver):
                 return self.cg
             rows = operator.linearized.output.size
             if rows <= most_rows and rows < parameters and no_dual(operator) is None:
-                return Dual()
+                return Dual(qr=self.exact and parameters <= _WIDEST * rows)
         return Dense(qr=self.exact) if parameters <= most_parameters else self.cg

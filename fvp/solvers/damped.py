@@ -64,10 +64,14 @@ class DampedCurvature(Record):
         """The whole matrix times ``v``, in float32 or wider."""
         return tree_axpy(1, self.damp_all(v), widen_tree(self.operator.mv(v)))
 
-    def record(self, x: Params, rhs: Params) -> CGInfo:
-        """The record of a direct solve, from one product with ``x``; the curvature is that of F."""
+    def record(self, x: Params, rhs: Params, product: Params | None = None) -> CGInfo:
+        """The record of a direct solve; the curvature is that of F.
+
+        ``product`` is F x, where it is known.
+        """
         wide, b = widen_tree(x), widen_tree(rhs)
-        product, damped = widen_tree(self.operator.mv(x)), self.damp_all(x)
+        product = widen_tree(self.operator.mv(x) if product is None else product)
+        damped = self.damp_all(x)
         residual = tree_axpy(-1, product, tree_axpy(-1, damped, b))
         curvature, slope = tree_vdot(wide, product), tree_vdot(wide, b)
         finite = tree_is_finite(x)

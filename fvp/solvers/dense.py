@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from typing import Any, ClassVar
 
 import jax
@@ -11,6 +12,7 @@ from jax import Array
 from jax.flatten_util import ravel_pytree
 
 from fvp.factorization import SemidefiniteFactor
+from fvp.layers.dense import MOST_ENTRIES, WhitenedRows
 from fvp.numerics import (
     cast_like,
     tree_axpy,
@@ -55,7 +57,7 @@ class Dense(DampedSolver):
     ) -> tuple[DampedSystem, PyTree]:
         """Makes and factorises the matrix."""
         targets = moment.targets if holds_digits(damped.operator) else None
-        if self.qr and (system := orthogonal_system(damped, targets, moment.norm)) is not None:
+        if self.qr and (system := _of_root(damped, targets, moment.norm)) is not None:
             return system, state
         if damped.operator.linearized.jacobian is None:
             targets = None
@@ -65,6 +67,16 @@ class Dense(DampedSolver):
         level = eps**0.5 if targets is None else ROUNDING * eps
         damped, total = above_rounding(damped, level * jnp.trace(matrix), moment.norm)
         return DenseSystem(damped, SemidefiniteFactor.of(matrix, total), total, targets), state
+
+
+def _of_root(damped: DampedCurvature, targets: Any, norm: Array) -> DampedSystem | None:
+    """By A, F = A^T A; None where it is not to be had, or too large, or tells no gradient."""
+    rows = WhitenedRows.of(damped.operator)
+    w = None if rows is None else rows.coefficients(targets)
+    parameters = sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(damped.operator.like))
+    if rows is None or w is None or w.size * parameters > MOST_ENTRIES:
+        return None
+    return orthogonal_system(damped, rows, w, norm)
 
 
 @dataclasses.dataclass(frozen=True)

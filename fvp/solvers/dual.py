@@ -19,7 +19,7 @@ from fvp.mesh import row_axes
 from fvp.numerics import cast_like, tree_axpy, widen_tree
 from fvp.solvers.cg_iteration import CGInfo
 from fvp.solvers.damped import DampedCurvature, DampedSolver, DampedSystem, Moment
-from fvp.solvers.orthogonal import dual_factor
+from fvp.solvers.orthogonal import orthogonal_system, root_triangle
 from fvp.solvers.rounding import (
     ROUNDING,
     above_noise,
@@ -197,12 +197,17 @@ class Dual(DampedSolver):
         if (reason := no_dual(damped.operator)) is not None:
             raise reason
         jacobian = WhitenedJacobian.of(damped.operator)
+        coefficients = jacobian.coefficients(moment.targets)
+        by_rows = self.qr and jacobian.has_rows() and holds_digits(damped.operator)
+        if by_rows and coefficients is not None and jacobian.gram_forms_rows():
+            return orthogonal_system(damped, jacobian, coefficients, moment.norm), state
         gram = jacobian.gram()
         trace, eps = jnp.trace(gram), float(jnp.finfo(gram.dtype).eps)
-        known = jacobian.coefficients(moment.targets) is not None
-        if self.qr and known and jacobian.has_rows() and holds_digits(damped.operator):
+        known = coefficients is not None
+        if by_rows and known:
             damped, total, least = above_rounding_of_root(damped, trace, moment.norm)
-            factor = dual_factor(gram, lambda: jacobian.rows().T, total, least)
+            lower = root_triangle(lambda: gram, lambda: jacobian.rows().T, total, least)
+            factor = SemidefiniteFactor.of_triangle(lower.T)
             factor = DualFactor(jacobian, gram, factor, total, least)
         else:
             level = ROUNDING * eps if known else eps**0.5

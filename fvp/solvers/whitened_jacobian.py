@@ -77,6 +77,13 @@ class WhitenedJacobian:
         plain = not self.captured.unmatched and not self.captured.separate
         return plain and entries <= MOST_ENTRIES
 
+    def gram_forms_rows(self) -> bool:
+        """Whether most of A A^T comes from rows: of parameters that are used more than once."""
+        sizes = [math.prod(shape.shape) for shape in self.captured.layers.shapes]
+        uses = self.captured.layers.uses
+        several = {uses[group[0]].view.leaf for group in self.captured.groups if len(group) > 1}
+        return 2 * sum(sizes[leaf] for leaf in several) > sum(sizes)
+
     def rows(self) -> Array:
         """A, (K E, P), by layers."""
         rows = gradient_rows(self.captured, self.columns)

@@ -67,7 +67,10 @@ class BentSearch:
         """The part of the whole length, the loss and the step, as `halving_search` has them."""
         problem, d = problem_of(self.system), self.direction
         tangent = cast_like(d, problem.params)
-        _, change = jax.jvp(problem.outputs, (problem.params,), (tangent,))
+        if (jacobian := self.system.damped.operator.linearized.jacobian) is not None:
+            change = jacobian.jvp(tangent)
+        else:
+            _, change = jax.jvp(problem.outputs, (problem.params,), (tangent,))
         before = self.objective.loss_before()
         tried = lambda part: self._tried(part * self.length, change, before.dtype)
         return halving_search(tried, before, tree_zeros_like(d))

@@ -74,8 +74,12 @@ def take_step(
     predicted_kl = jnp.where(accepted, attempt.length.predicted_kl, 0)
     info, mismatch = attempt.direction.info, state.gradient_mismatch
     if options.tries and objective.data.tries_nll:
+        asked = descent & outcome.worse
         differs = lambda: _gradient_differs(objective, gradient, attempt)
-        mismatch = jax.lax.cond(descent & outcome.worse, differs, lambda: state.gradient_mismatch)
+        if options.rule.needs_direct:  # a backward pass is little beside the factorisation
+            mismatch = jnp.where(asked, differs(), mismatch)
+        else:
+            mismatch = jax.lax.cond(asked, differs, lambda: state.gradient_mismatch)
     noise = state.noise
     if noise is not None and objective.data.has_loss:
         noise = with_claim(state, objective, record, outcome, step)
