@@ -78,14 +78,13 @@ class WideFactor(NamedTuple):
     """Of min |A x - w|^2 + damping |x|^2 for a wide A."""
 
     matrix: Array  # A, (N, P)
-    square: Array  # A A^T
     lower: Array  # L L^T = A A^T + damping I
 
     @classmethod
     def of(cls, matrix: Array, damping: Array, least: Array) -> WideFactor:
         """By the square of A with a ``damping`` of at least ``least``; else by QR."""
-        square = einsum("np,mp->nm", matrix, matrix)
-        return cls(matrix, square, root_triangle(lambda: square, lambda: matrix.T, damping, least))
+        square, root = lambda: _square(matrix.T), lambda: matrix.T
+        return cls(matrix, root_triangle(square, root, damping, least))
 
     def solve(self, w: Array) -> Array:
         """The x for w."""
@@ -93,7 +92,7 @@ class WideFactor(NamedTuple):
 
     def inverse(self, damping: Array) -> Callable[[Array], Array]:
         """A product with (A^T A + damping I)^-1."""
-        lower = root_triangle(lambda: self.square, lambda: self.matrix.T, damping, 0.0)
+        lower = self.of(self.matrix, damping, jnp.zeros_like(damping)).lower
 
         def product(b: Array) -> Array:
             inner = _solve(lower, einsum("np,p->n", self.matrix, b))
@@ -144,8 +143,8 @@ class TallFactor(NamedTuple):
 
     def inverse(self, damping: Array) -> Callable[[Array], Array]:
         """A product with (A^T A + damping I)^-1."""
-        square = lambda: _square(self.matrix)
-        lower = root_triangle(square, lambda: self.matrix, damping, 0.0)
+        square, root = lambda: _square(self.matrix), lambda: self.matrix
+        lower = root_triangle(square, root, damping, 0.0)
         return lambda b: _solve(lower, b)
 
 
