@@ -183,7 +183,8 @@ class Dual(DampedSolver):
     Args:
       qr: as in `fvp.Dense`, where every use of a parameter has a layer rule and examples do not
         meet; weights are expected to be 0 or more. The rows that the factorisation reads cost
-        several times what A A^T does by layers: worth it for the last digits.
+        several times what A A^T does by layers, unless parameters are used more than once, as in
+        differential equations: worth it for the last digits.
     """
 
     direct: ClassVar[bool] = True

@@ -100,9 +100,10 @@ def scale_by_fisher(
         are at most 4096 and fewer than the parameters, "dense" where the parameters are at most
         1024, and else "cg"; both limits are 8192 where steps may go without damping. The exact
         ones keep the damping above rounding: sqrt(eps) trace(F), or with ``targets=`` 8 eps
-        trace(F); where steps may go without, "dense" factorises the Jacobian, by QR, and needs
-        64 eps^2 trace(F) alone. Strings are short names of the objects `fvp.CG`, `fvp.Dual`,
-        `fvp.Dense` and `fvp.Auto`; any other `fvp.DampedSolver` serves as well.
+        trace(F); where steps may go without, "dense", and "auto" unless parameters are more than 16
+        times the rows, factorise the Jacobian, by QR, and need 64 eps^2 trace(F) alone. Strings
+        are short names of the objects `fvp.CG`, `fvp.Dual`, `fvp.Dense` and `fvp.Auto`; any other
+        `fvp.DampedSolver` serves as well.
       maxiter: most CG iterations. None is 11; with adaptive damping, up to ten times as many while
         steps make little progress, gradients agree and CG ends at the limit.
       tol: CG stops at this relative residual; None is 0.01.
@@ -229,9 +230,10 @@ def natural_gradient(
         are at most 4096 and fewer than the parameters, "dense" where the parameters are at most
         1024, and else "cg"; both limits are 8192 where steps may go without damping. The exact
         ones keep the damping above rounding: sqrt(eps) trace(F), or with ``targets=`` 8 eps
-        trace(F); where steps may go without, "dense" factorises the Jacobian, by QR, and needs
-        64 eps^2 trace(F) alone. Strings are short names of the objects `fvp.CG`, `fvp.Dual`,
-        `fvp.Dense` and `fvp.Auto`; any other `fvp.DampedSolver` serves as well.
+        trace(F); where steps may go without, "dense", and "auto" unless parameters are more than 16
+        times the rows, factorise the Jacobian, by QR, and need 64 eps^2 trace(F) alone. Strings
+        are short names of the objects `fvp.CG`, `fvp.Dual`, `fvp.Dense` and `fvp.Auto`; any other
+        `fvp.DampedSolver` serves as well.
       maxiter: most CG iterations. None is 11; with adaptive damping, up to ten times as many while
         steps make little progress, gradients agree and CG ends at the limit.
       tol: CG stops at this relative residual; None is 0.01.
