@@ -47,9 +47,11 @@ def stack_residuals(
       >>> print(F.dense().round(3))  # 10 for the edge, 1 for the slope
       [[10.  0.]
        [ 0.  1.]]
-      >>> _, gradient = F.value_and_grad(jnp.zeros(6))
-      >>> print(w - fvp.solve_dual(F, gradient, 1e-6).round(3))
-      [1. 3.]
+      >>> zeros = jnp.zeros(6)
+      >>> _, gradient = F.value_and_grad(zeros)
+      >>> w -= fvp.solve_dual(F, gradient, 1e-6, targets=zeros)
+      >>> print(*(f"{w_i:.3f}" for w_i in w))
+      1.000 3.000
     """
     weights = {} if weights is None else weights
     if unknown := sorted(set(weights) - set(residuals)):

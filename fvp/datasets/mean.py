@@ -48,8 +48,9 @@ def mean_over_batches(
       >>> diagonal = lambda x: fvp.fisher_diagonal(
       ...     lambda w, x: x @ w, fvp.Gaussian(), jnp.zeros((1, 1)), x
       ... )
-      >>> print(fvp.mean_over_batches(diagonal, [x[:2], x[2:]]).round(3))  # (1 + 4 + 9) / 3
-      [[4.667]]
+      >>> mean = fvp.mean_over_batches(diagonal, [x[:2], x[2:]])
+      >>> print(f"{mean.item():.3f}")  # (1 + 4 + 9) / 3
+      4.667
     """
     weight = _example_count if weight is None else weight
     pairs = ((function(batch), weight(batch)) for batch in shown(batches, progress))

@@ -48,8 +48,8 @@ def dataset_operator(
       >>> model, w = lambda w, x: x @ w, jnp.zeros((1, 1))
       >>> batches = [jnp.array([[1.0], [2.0]]), jnp.array([[3.0]])]
       >>> F = fvp.dataset_operator(lambda x: fvp.fisher(model, fvp.Gaussian(), w, x), batches)
-      >>> print((F @ jnp.ones((1, 1))).round(3))  # (1 + 4 + 9) / 3
-      [[4.667]]
+      >>> print(f"{(F @ jnp.ones((1, 1))).item():.3f}")  # (1 + 4 + 9) / 3
+      4.667
     """
     if isinstance(batches, Iterator):
         raise TypeError(

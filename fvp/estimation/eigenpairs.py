@@ -58,8 +58,8 @@ def eigenpairs(
       >>> import jax, jax.numpy as jnp, fvp
       >>> scales = jnp.arange(1.0, 101.0)
       >>> values, vectors = fvp.eigenpairs(lambda v: scales * v, 3, jax.random.key(0), like=scales)
-      >>> print(values.round(3), vectors.shape)
-      [100.  99.  98.] (3, 100)
+      >>> print(*(f"{value:.3f}" for value in values), vectors.shape)
+      100.000 99.000 98.000 (3, 100)
 
     Reference:
       G. Golub, R. Underwood, The block Lanczos method for computing eigenvalues, 1977; K. Wu,

@@ -93,11 +93,11 @@ def laplace(
       >>> x, y = jnp.array([[1.0], [2.0]]), jnp.array([[1.0], [2.0]])
       >>> mean = jnp.array([[5 / 6]])  # of the posterior of a linear regression
       >>> posterior = fvp.laplace(lambda w, x: x @ w, fvp.Gaussian(), mean, x)
-      >>> print(posterior.variance().round(3))  # 1 / (1 + 1^2 + 2^2)
-      [[0.167]]
+      >>> print(f"{posterior.variance().item():.3f}")  # 1 / (1 + 1^2 + 2^2)
+      0.167
       >>> z, variance = posterior.predictive(jnp.array([[3.0]]))
-      >>> print(z, variance)  # the variance is 9 / 6
-      [[2.5]] [[1.5]]
+      >>> print(f"{z.item():.3f} {variance.item():.3f}")  # the variance is 9 / 6
+      2.500 1.500
 
     Reference:
       D. MacKay, A practical Bayesian framework for backpropagation networks, 1992; H. Ritter et

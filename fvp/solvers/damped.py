@@ -182,7 +182,7 @@ class DampedSolver(abc.ABC):
       >>> x, y, w = jnp.eye(2), jnp.array([[1.0], [2.0]]), jnp.zeros((2, 1))
       >>> tx = fvp.scale_by_fisher(model, fvp.Gaussian(), damping=0.0, solver=LeastSquaresSolver())
       >>> grad = jax.grad(lambda w: fvp.Gaussian().nll(model(w, x), y).mean())(w)
-      >>> print(w - tx.update(grad, tx.init(w), w, batch=x)[0])
+      >>> print((w - tx.update(grad, tx.init(w), w, batch=x)[0]).round(3))
       [[1.]
        [2.]]
     """
