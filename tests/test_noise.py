@@ -14,7 +14,7 @@ import fvp
 from fvp.control.claims import Claims
 from fvp.control.iterate_average import IterateAverage
 from fvp.control.learned_length import LearnedLength
-from fvp.preconditioners.moments import EARLY, Moments
+from fvp.preconditioners.moments import Moments
 from fvp.transforms.noise import gradients_for_one_step
 
 COMPILE_QUICKLY = True
@@ -517,7 +517,7 @@ def test_a_batch_that_is_not_finite_changes_nothing_where_noise_leads(make):
 def with_bases(state):
     """The same state where noise has led for long."""
     noise = noise_of(state)
-    old = noise.moments._replace(gradients=jnp.int32(EARLY))
+    old = noise.moments._replace(gradients=jnp.int32(200))
     return optax.tree.set(state, noise=noise._replace(moments=old))
 
 

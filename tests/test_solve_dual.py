@@ -104,6 +104,25 @@ def test_the_gradient_keeps_its_digits_at_tiny_damping():
     assert relative_error(actual, jnp.asarray(expected)) < 1e-9
 
 
+@pytest.mark.parametrize("damping", [1e-7, 1e-6, 1e-4, 1e-2])
+@pytest.mark.parametrize(("rows", "size"), [(2, 2), (20, 100)])
+def test_without_targets_only_rounding_of_the_right_hand_side_meets_the_damping(
+    rows, size, damping
+):
+    rng = np.random.default_rng(rows)
+    x = rng.normal(size=(rows, size)).astype(np.float32) / np.float32(np.sqrt(size))
+    rhs = (x.T @ rng.normal(size=(rows, 1)).astype(np.float32)).astype(np.float32)
+    zeros = jnp.zeros((size, 1), jnp.float32)
+    operator = fvp.fisher(lambda w, x: x @ w, fvp.Gaussian(), zeros, jnp.asarray(x))
+    actual = fvp.solve_dual(operator, jnp.asarray(rhs), damping)
+    wide = x.astype(np.float64)
+    matrix = wide.T @ wide / rows + damping * np.eye(size)
+    expected = np.linalg.solve(matrix, rhs.astype(np.float64))
+    norm = np.linalg.norm
+    rounding = np.finfo(np.float32).eps * (1 + (size > rows) * norm(rhs) / damping / norm(expected))
+    assert norm(actual - expected) <= 16 * rounding * norm(expected)
+
+
 @pytest.mark.parametrize("logit", [30.0, 1e4])
 def test_probabilities_that_vanish_do_not_blow_up(logit):
     x = jnp.eye(2)

@@ -19,8 +19,9 @@ from fvp.typing import Params
 
 # docs/decisions/steps.md
 _SQUARES, _OUTER = 0.95, 0.97  # memories of the averages
-# Steps between two outer products, and refreshments of the bases with them: at first, and later
-EARLY, _OFTEN, _SELDOM = 200, 10, 40
+# Steps with outer products, and refreshments of the bases with them: the first, these, and then
+# every 40th
+_EARLY, _PERIOD = (10, 20), 40
 _LARGEST = 1024  # axes that are longer keep their own coordinates
 _PER_COLUMN = 20  # as do those of so many entries or more for each column of the gradient
 _FLOOR = 2.0**-32  # least square over the largest of its leaf
@@ -64,7 +65,7 @@ class Moments(NamedTuple):
         )
 
     def whitened(self, gradient: Params) -> tuple[Moments, Params]:
-        """With one more gradient, and every ten steps, later every forty, with new bases.
+        """With one more gradient; every forty steps, and at first sooner, with new bases.
 
         Also that gradient over the root of the second moment, in the coordinates of the parameters;
         in float32 or wider.
@@ -73,9 +74,11 @@ class Moments(NamedTuple):
         if not leaves:
             return self, gradient
         leaves = [widen(leaf) for leaf in leaves]
-        period = jnp.where(self.gradients < EARLY, _OFTEN, _SELDOM)
+        due = self.gradients % _PERIOD == 0
+        for early in _EARLY:
+            due |= self.gradients == early
         outer, bases, second = jax.lax.cond(
-            self.gradients % period == 0,
+            due,
             lambda flat: _refreshed(leaves, *flat),
             lambda flat: flat,
             (self.outer, self.bases, jax.tree.leaves(self.second_moment)),

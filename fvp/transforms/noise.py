@@ -18,7 +18,7 @@ from jax import Array
 from fvp.control.claims import Claims
 from fvp.mesh import auto_sharded
 from fvp.numerics import cast_like, computed_once, tree_vdot, tree_zeros_like, widen
-from fvp.preconditioners.moments import EARLY, turning_multiplications
+from fvp.preconditioners.moments import turning_multiplications
 from fvp.transforms.options import Options
 from fvp.transforms.state import NaturalGradientState
 from fvp.transforms.watch import NoiseState, after_noise
@@ -28,6 +28,7 @@ from fvp.typing import Params
 _CAUTION = 0.1
 # Gradients for one step: as many as make its products with bases a quarter of their work, or four
 _PART, _MOST = 4, 4
+_STEPS = 50  # of one each, then of two, and so on
 _HORIZON = 1 - 1 / 30  # memory of the steps along which the next batch's slope is taken
 
 
@@ -54,9 +55,10 @@ def gradients_for_one_step(gradient: Params, forward: int) -> int:
 def makes_a_step(number: int, noise: NoiseState) -> Array:
     """Whether the next gradient does not have to wait.
 
-    The first steps, from which bases and length are learned, are made of one each.
+    The first steps, from which bases and length are learned, are made of one each, and those after
+    them of more and more, up to ``number``.
     """
-    return (noise.waiting + 1 >= number) | (noise.moments.gradients < EARLY)
+    return noise.waiting + 1 >= jnp.minimum(number, 1 + noise.moments.gradients // _STEPS)
 
 
 def mean_gradient(gradient: Params, state: NaturalGradientState) -> Params:
