@@ -50,6 +50,15 @@ def computed_once(x: PyTree) -> Any:
     return jax.lax.optimization_barrier(x)
 
 
+def in_order(result: PyTree, read: PyTree) -> Any:
+    """A ``result``, and what it was ``read`` from, free to be overwritten.
+
+    Where a branch reads an array and returns it, or another in its place, XLA does not see in which
+    order, and copies it in all branches. With the arrays that come out here it does.
+    """
+    return jax.lax.optimization_barrier((result, read))
+
+
 def tree_vdot(a: PyTree, b: PyTree) -> Array:
     """Inner product of two trees, accumulated in float32 or wider.
 

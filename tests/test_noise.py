@@ -1,6 +1,7 @@
 """Where the noise of the batches leads: when that is noticed, and the steps that are taken then."""
 
 import functools
+import re
 
 import jax
 import jax.numpy as jnp
@@ -529,6 +530,24 @@ def in_all_of(tx, batches):
     for rows in batches:
         params, state, _ = step(params, state, x[rows], y[rows])
     return params, state
+
+
+@pytest.mark.skipif(jax.default_backend() != "cpu", reason="counts what the CPU's compiler does")
+def test_no_branch_copies_what_it_does_not_change():
+    x, y = digits()
+    params, step = start(), stepper(tx := natural_gradient())
+
+    def steps(carry, rows):
+        one = lambda carry, rows: (step(*carry, x[rows], y[rows])[:2], None)
+        return jax.lax.scan(one, carry, rows)[0]
+
+    rows = jnp.zeros((9, 4), jnp.int32)
+    text = jax.jit(steps).lower((params, tx.init(params)), rows).compile().as_text()
+    loop = text[: text.index("\nENTRY ")]
+    bodies = re.findall(r"^%(?!\S*(?:copy|fused))[^\n]*{\n(.*?)^}", loop, re.M | re.S)
+    copies = sum(len(re.findall(r"= f32\[64,32\]\S* copy\(", body)) for body in bodies)
+    assert len(bodies) > 20
+    assert copies == 0
 
 
 @either

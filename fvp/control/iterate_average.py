@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 from jax import Array
 
-from fvp.numerics import computed_once, wide_dtype
+from fvp.numerics import computed_once, in_order, wide_dtype
 from fvp.typing import Params
 
 _AVERAGED = 0.9  # the rest of every step is taken at once; docs/decisions/steps.md
@@ -60,8 +60,6 @@ class IterateAverage(NamedTuple):
         later = _AVERAGED * kept * rate
         taken, kept, now, later = computed_once((taken, kept, now, later))
         step = jax.tree.map(lambda a, d: taken * a + now * d, self.ahead, direction)
-        # Once all of the step is there, what is ahead can be overwritten: without this XLA copies
-        # it in every branch.
-        step, before = computed_once((step, self.ahead))
+        step, before = in_order(step, self.ahead)
         ahead = jax.tree.map(lambda a, d: kept * a + later * d, before, direction)
         return IterateAverage(steps + 1, share, ahead), step

@@ -14,7 +14,7 @@ from fvp.compilation import compiled_when_eager
 from fvp.curvature import CurvatureOperator, Problem
 from fvp.curvature.gauss_newton import gauss_newton_of
 from fvp.curvature.operator import build_operator
-from fvp.numerics import tree_vdot
+from fvp.numerics import in_order, tree_vdot
 from fvp.solvers import Setting
 from fvp.tracing.work import multiplications
 from fvp.transforms.noise import (
@@ -86,8 +86,9 @@ def build_transform(options: Options) -> optax.GradientTransformationExtraArgs:
                 alone = state.noise._replace(waiting=jnp.zeros((), jnp.int32))
                 one = state._replace(noise=alone)
                 return noise_step(options, slope_of, square, gradient, one)
-            mean = mean_gradient(slope_of, state)
-            return noise_step(options, mean, tree_vdot(mean, mean), gradient, state)
+            mean, kept = in_order(mean_gradient(slope_of, state), state.direction)
+            after = state._replace(direction=kept)
+            return noise_step(options, mean, tree_vdot(mean, mean), gradient, after)
 
         branches = [solved, lambda: no_step(gradient, state), led]
         which = jnp.where(state.noise.leads, jnp.where(is_sound(square), 2, 1), 0)

@@ -16,7 +16,7 @@ from fvp.control.claims import MEMORY, Claims
 from fvp.control.iterate_average import IterateAverage
 from fvp.control.learned_length import LearnedLength
 from fvp.control.record import Outcome, Step
-from fvp.numerics import computed_once, tree_vdot, tree_zeros_like
+from fvp.numerics import computed_once, in_order, tree_vdot
 from fvp.preconditioners.moments import Moments
 from fvp.scalars import Scalars
 from fvp.transforms.objective import Objective
@@ -121,8 +121,12 @@ def step_back(
     update = jax.tree.map(
         lambda last, trail, g: back(last, trail).astype(g.dtype), state.direction, noise.trail, like
     )
+    update, (direction, trail) = in_order(update, (state.direction, noise.trail))
+    never = computed_once(jnp.array(False))
+    forgotten = jax.tree.map(lambda x: jnp.where(never, x, 0), trail)  # zeros, after the update
     return update, after_noise(
-        state, noise._replace(trail=tree_zeros_like(noise.trail), last=LastStep.zeros())
+        state._replace(direction=direction),
+        noise._replace(trail=forgotten, last=LastStep.zeros()),
     )
 
 
