@@ -224,7 +224,7 @@ def gradients(count, shapes, dtype=np.float64, seed=0):
 def run(shapes, count, dtype=np.float64):
     trees = list(gradients(count, shapes, dtype))
     moments, directions = Moments.of(trees[0]), []
-    update = quick_jit(lambda m, g: m.whitened(g))
+    update = quick_jit(lambda m, g: m.whitened(g, 200))
     for tree in trees:
         moments, direction = update(moments, tree)
         directions.append(direction)
@@ -296,7 +296,7 @@ def test_a_coordinate_that_was_silent_takes_no_long_step():
     # Rare features: a gradient is large against a second moment of nothing. It counts in that, so
     # that no coordinate of the bases is longer than 1 / sqrt(0.05).
     rng, moments = np.random.default_rng(0), Moments.of([jnp.zeros((30, 4))])
-    update = quick_jit(lambda m, g: m.whitened(g))
+    update = quick_jit(lambda m, g: m.whitened(g, 200))
     for _ in range(200):
         row = (rng.uniform(size=30) < 0.03) * rng.normal(size=30)
         g = [jnp.asarray(np.outer(row, rng.normal(size=4)), jnp.float32)]

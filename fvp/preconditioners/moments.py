@@ -19,9 +19,8 @@ from fvp.typing import Params
 
 # docs/decisions/steps.md
 _SQUARES, _OUTER = 0.95, 0.97  # memories of the averages
-# Steps with outer products, and refreshments of the bases with them: the first, these, and then
-# every 40th
-_EARLY, _PERIOD = (10, 20), 40
+# Steps between two outer products, and refreshments of the bases with them: at first, and later
+_OFTEN, _SELDOM = 10, 40
 _LARGEST = 1024  # axes that are longer keep their own coordinates
 _PER_COLUMN = 20  # as do those of so many entries or more for each column of the gradient
 _FLOOR = 2.0**-32  # least square over the largest of its leaf
@@ -64,8 +63,8 @@ class Moments(NamedTuple):
             bases=square(lambda size, dtype: jnp.eye(size, dtype=dtype)),
         )
 
-    def whitened(self, gradient: Params) -> tuple[Moments, Params]:
-        """With one more gradient; every forty steps, and at first sooner, with new bases.
+    def whitened(self, gradient: Params, early: int) -> tuple[Moments, Params]:
+        """With one more gradient; new bases every ten of the ``early`` steps, later every forty.
 
         Also that gradient over the root of the second moment, in the coordinates of the parameters;
         in float32 or wider.
@@ -74,11 +73,9 @@ class Moments(NamedTuple):
         if not leaves:
             return self, gradient
         leaves = [widen(leaf) for leaf in leaves]
-        due = self.gradients % _PERIOD == 0
-        for early in _EARLY:
-            due |= self.gradients == early
+        period = jnp.where(self.gradients < early, _OFTEN, _SELDOM)
         outer, bases, second = jax.lax.cond(
-            due,
+            self.gradients % period == 0,
             lambda flat: _refreshed(leaves, *flat),
             lambda flat: flat,
             (self.outer, self.bases, jax.tree.leaves(self.second_moment)),

@@ -50,7 +50,7 @@ def scale_by_fisher(
 
     ``update`` takes ``params`` and the keywords
 
-    - ``batch``: what ``model_fn`` reads;
+    - ``batch``: what ``model_fn`` reads; ``()`` where it reads nothing;
     - ``targets``: labels: adaptive damping tries each step on their mean nll and, with nothing set,
       noise is looked for; the curvatures "ggn" and "empirical" need them;
     - ``weights``: as in `fvp.fisher`;
@@ -79,8 +79,8 @@ def scale_by_fisher(
     averaged outer products along the axes of a parameter; steps go to the average of where such
     directions lead; and their length is learned from the slope of the next batch along them. A
     learning rate multiplies that length, which makes up for slow changes of it: no schedule is
-    needed. After 200 such steps, where they are more work than the gradients of small batches,
-    the mean of up to four gradients makes one step, and the updates until then are zero.
+    needed. After 50 such steps, where they are more work than the gradients of small batches, the
+    mean of two makes one step, later of up to four, and the updates until then are zero.
     ``state.noise.leads`` says whether noise leads; full batches never get there.
     ``damping=fvp.LevenbergMarquardt()`` goes on solving whatever the batches are.
 
@@ -201,7 +201,7 @@ def natural_gradient(
 
     ``update`` takes ``params`` and the keywords
 
-    - ``batch``: what ``model_fn`` reads;
+    - ``batch``: what ``model_fn`` reads; ``()`` where it reads nothing;
     - ``targets``: labels: adaptive damping tries each step on their mean nll and, with nothing set,
       noise is looked for; the curvatures "ggn" and "empirical" need them;
     - ``value_fn``, and ``value``: another loss to try steps on, ``value_fn(params, batch)``;

@@ -29,6 +29,8 @@ _CAUTION = 0.1
 # Gradients for one step: as many as make its products with bases a quarter of their work, or four
 _PART, _MOST = 4, 4
 _STEPS = 50  # of one each, then of two, and so on
+# First steps with bases that are refreshed often: where gradients never wait, and where they may
+_ALONE, _TOGETHER = 200, 30
 _HORIZON = 1 - 1 / 30  # memory of the steps along which the next batch's slope is taken
 
 
@@ -79,15 +81,21 @@ def wait(
 
 
 def noise_step(
-    options: Options, gradient: Params, square: Array, like: Params, state: NaturalGradientState
+    options: Options,
+    gradient: Params,
+    square: Array,
+    like: Params,
+    state: NaturalGradientState,
+    number: int,
 ) -> tuple[Params, NaturalGradientState]:
     """One step where noise leads, in the dtypes of ``like``, from a sound gradient of that square.
 
-    The gradient is that of the loss with its l2 term.
+    The gradient is that of the loss with its l2 term; up to ``number`` are averaged for a step.
     """
     noise: NoiseState = state.noise
+    early = _ALONE if number == 1 else _TOGETHER
     moments, direction = auto_sharded(
-        lambda m, g: m.whitened(g), noise.moments, gradient, like=(noise.moments, gradient)
+        lambda m, g: m.whitened(g, early), noise.moments, gradient, like=(noise.moments, gradient)
     )
     slope, whitened = (tree_vdot(x, noise.trail) for x in (gradient, direction))
     gradients = noise.waiting + 1

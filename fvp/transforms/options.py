@@ -216,8 +216,9 @@ def check_data(params: Params, data: Data, curvature: type[OutputCurvature]) -> 
     if data.batch is None:
         raise ValueError(
             "batch: expected what model_fn reads, got None; call tx.update(grads, state, params,"
-            " batch=batch). Some optax wrappers do not forward extra arguments: in a chain, wrap"
-            " MultiSteps as optax.GradientTransformationExtraArgs(ms.init, ms.update)."
+            " batch=batch), with () where it reads nothing. Some optax wrappers do not forward"
+            " extra arguments: in a chain, wrap MultiSteps as"
+            " optax.GradientTransformationExtraArgs(ms.init, ms.update)."
         )
     if data.targets is None and curvature.reads_targets:
         names = {kind: repr(name) for name, kind in CURVATURES.items()}

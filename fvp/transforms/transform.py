@@ -85,10 +85,10 @@ def build_transform(options: Options) -> optax.GradientTransformationExtraArgs:
                 # What waits from smaller batches is left out, as the few examples that it is.
                 alone = state.noise._replace(waiting=jnp.zeros((), jnp.int32))
                 one = state._replace(noise=alone)
-                return noise_step(options, slope_of, square, gradient, one)
+                return noise_step(options, slope_of, square, gradient, one, number)
             mean, kept = in_order(mean_gradient(slope_of, state), state.direction)
             after = state._replace(direction=kept)
-            return noise_step(options, mean, tree_vdot(mean, mean), gradient, after)
+            return noise_step(options, mean, tree_vdot(mean, mean), gradient, after, number)
 
         branches = [solved, lambda: no_step(gradient, state), led]
         which = jnp.where(state.noise.leads, jnp.where(is_sound(square), 2, 1), 0)
