@@ -565,6 +565,23 @@ def test_gradients_that_wait_are_averaged_for_one_step(make, monkeypatch):
     assert counts == [8, 2]
 
 
+def test_steps_of_more_gradients_are_longer_by_the_root():
+    x, y = digits()
+    params, step = start(), stepper(tx := natural_gradient())
+    params, state, _ = step(params, with_noise(tx.init(params)), x[:4], y[:4])
+
+    def length(steps):
+        noise = noise_of(state)
+        moments = noise.moments._replace(gradients=jnp.int32(steps))
+        later = noise._replace(moments=moments, waiting=jnp.int32(3))
+        _, after, _ = step(params, optax.tree.set(state, noise=later), x[4:8], y[4:8])
+        return float(noise_of(after).learned.length)
+
+    found = {steps: length(steps) / length(99) for steps in (50, 98, 100, 101, 150, 151, 250)}
+    expected = {50: 2**0.5, 98: 1, 100: 1.5**0.5, 101: 1, 150: (4 / 3) ** 0.5, 151: 1, 250: 1}
+    assert found == pytest.approx(expected, rel=0.02)
+
+
 @either
 def test_a_gradient_that_is_not_finite_does_not_wait(make):
     x, y = digits()

@@ -55,12 +55,17 @@ def gradients_for_one_step(gradient: Params, forward: int) -> int:
 
 
 def makes_a_step(number: int, noise: NoiseState) -> Array:
-    """Whether the next gradient does not have to wait.
+    """Whether the next gradient does not have to wait."""
+    return noise.waiting + 1 >= _averaged(number, noise.moments.gradients)
+
+
+def _averaged(number: int, steps: Array) -> Array:
+    """Gradients for the step after so many, where ``number`` are in the end.
 
     The first steps, from which bases and length are learned, are made of one each, and those after
-    them of more and more, up to ``number``.
+    them of more and more.
     """
-    return noise.waiting + 1 >= jnp.minimum(number, 1 + noise.moments.gradients // _STEPS)
+    return jnp.minimum(number, 1 + steps // _STEPS)
 
 
 def mean_gradient(gradient: Params, state: NaturalGradientState) -> Params:
@@ -104,6 +109,11 @@ def noise_step(
     size = sum(leaf.size for leaf in jax.tree.leaves(gradient))
     first = _first_length(noise.claims, jnp.sqrt(square), size)
     learned = learned._replace(length=jnp.where(last == 0, first, learned.length))
+    steps = noise.moments.gradients
+    more = _averaged(number, steps) / _averaged(number, jnp.maximum(steps - 1, 0))
+    # Means of twice as many make half as many steps, with 1 / sqrt(2) of the noise: longer by
+    # sqrt(2) they lead as far, and as far astray.
+    learned = learned._replace(length=learned.length * jnp.sqrt(more))
     longer = learned.length / jnp.where(last == 0, learned.length, last)
     learned, length = learned.shortened(tree_vdot(direction, direction), gradients)
     rate = (options.rate(state.count) * length).astype(jnp.float32)
