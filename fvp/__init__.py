@@ -190,3 +190,8 @@ def __getattr__(name: str) -> Any:
     if name in ("interop", "linen", "nnx"):
         return importlib.import_module(f"fvp.{name}")
     raise AttributeError(f"module 'fvp' has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    # Not the folders, nor what this file imports.
+    return sorted({*__all__, "__version__", "interop", "linen", "nnx"})

@@ -59,6 +59,17 @@ def test_output_without_event_axis(build, curvature, head, chunk_size):
         )  # fmt: skip
 
 
+@pytest.mark.parametrize("head", [SIGMOID, GAUSSIAN], ids=["sigmoid", "gaussian"])
+def test_one_output_for_each_example_is_told_both_ways(head):
+    z, y = jnp.zeros(6), jnp.zeros(6)
+    with raises(ValueError, r"targets y\[:, None\]", r"event_ndim=0"):
+        head.nll(z, y)
+    with raises(ValueError, r"y\[:, None\] has it"):
+        head.nll(z[:, None], y)
+    kind = type(head)
+    assert jnp.allclose(head.nll(z[:, None], y[:, None]), kind(event_ndim=0).nll(z, y))
+
+
 def test_softmax_output_without_batch_axis(build):
     with raises(ValueError, r"z\[:, None\]", r"\(3,\)"):
         trace(build, "fisher", lambda p, x: model(p, x)[0])

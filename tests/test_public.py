@@ -184,6 +184,11 @@ def test_every_name_is_here():
     assert set(CALLS) | RECORDS | BASES == set(fvp.__all__)
 
 
+def test_dir_shows_the_public_names_alone():
+    optional = {"interop", "linen", "nnx"}
+    assert {name for name in dir(fvp) if not name.startswith("_")} == {*fvp.__all__} | optional
+
+
 @pytest.mark.parametrize("name", CALLS)
 def test_gives_finite_numbers(name):
     leaves = jax.tree.leaves(CALLS[name]())

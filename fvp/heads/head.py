@@ -247,10 +247,12 @@ class Head(Record, abc.ABC):
                 f" mean), got dtype {z.dtype}."
             )
         if z.ndim <= self.event_ndim:
+            settable = "event_ndim" in getattr(self, "__dataclass_fields__", {})
+            other = f", with targets y[:, None], or z with {kind}(event_ndim=0)" if settable else ""
             raise ValueError(
                 f"{name}: {kind} expects at least one batch axis before its event axes"
                 f" (event_ndim={self.event_ndim}), got shape {z.shape}. A model with one output per"
-                " example returns z[:, None]; a single example is z[None]."
+                f" example returns z[:, None]{other}; a single example is z[None]."
             )
         if 0 in z.shape:
             raise ValueError(
@@ -271,9 +273,10 @@ class Head(Record, abc.ABC):
 
     def _check_targets(self, z: ArrayOrShape, y: Array) -> None:
         if y.shape != z.shape:
+            column = " y[:, None] has it." if (*y.shape, 1) == tuple(z.shape) else ""
             raise ValueError(
                 f"targets: {type(self).__name__} expects one target for each output, shape"
-                f" {z.shape} as z, got shape {y.shape}."
+                f" {z.shape} as z, got shape {y.shape}.{column}"
             )
 
     @abc.abstractmethod

@@ -60,7 +60,11 @@ class Posterior(Record):
         return dataclasses.replace(self, prior_precision=checked)
 
     def sample(self, key: Array, n: int) -> Params:
-        """``n`` draws of the parameters, a pytree like them with a leading axis of ``n``."""
+        """``n`` draws of the parameters, a pytree like them with a leading axis of ``n``.
+
+        Outputs of a model at them spread further than `predictive` says where it is far from
+        linear within the posterior's width.
+        """
         check_positive_int(n, "n")
         return _sample(self, jax.random.split(key, n))
 
