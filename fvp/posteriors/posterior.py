@@ -62,8 +62,8 @@ class Posterior(Record):
     def sample(self, key: Array, n: int) -> Params:
         """``n`` draws of the parameters, a pytree like them with a leading axis of ``n``.
 
-        Outputs of a model at them spread further than `predictive` says where it is far from
-        linear within the posterior's width.
+        Outputs of the model at them can spread much further than `predictive` says, which takes the
+        model for linear over the width of the posterior.
         """
         check_positive_int(n, "n")
         return _sample(self, jax.random.split(key, n))
