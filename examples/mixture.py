@@ -52,7 +52,8 @@ def whitening(params):
 
 def log_prob(params, x):
     """Of one point."""
-    z = jnp.einsum("kij,kj->ki", whitening(params), x - params["mean"])
+    # Not of x - mean: on CPU jax 0.12.0 sums the derivative of that wrongly, see docs/versions.md.
+    z = whitening(params) @ x - jnp.einsum("kij,kj->ki", whitening(params), params["mean"])
     normal = jax.scipy.stats.norm.logpdf(z).sum(1) + params["log_diagonal"].sum(1)
     return jax.nn.logsumexp(jax.nn.log_softmax(params["logits"]) + normal)
 
@@ -138,6 +139,7 @@ def main():
         reached = np.flatnonzero(losses < least + 1e-3)
         first = f"within 1e-3 after {reached[0]}" if reached.size else "1e-3 not reached"
         print(f"{name:16}: {excess:.1e} above it after {arguments.steps} steps, {first}")
+        assert name == "Adam" or arguments.steps < 100 or excess < 1e-6, "not at the maximum"
     draw(results, least, x, arguments.output)
     print(f"wrote {arguments.output}")
 
