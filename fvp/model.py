@@ -8,6 +8,7 @@ Everything else is part of the program and never reaches a transformation of JAX
 from __future__ import annotations
 
 import dataclasses
+import textwrap
 from collections.abc import Sequence
 from typing import Any
 
@@ -90,8 +91,37 @@ class Model:
         function, args, keywords = join(self.arrays, self.structure, self.fixed)
         if self.batch is not None:
             batch = join(jax.tree.leaves(batch), *self.batch)
-        z = function(*args, params, batch, **keywords)
+        try:
+            z = function(*args, params, batch, **keywords)
+        except Exception as error:
+            _explain(error, params, batch)
+            raise
         return z if self.layout is None else self.layout.join(z)
+
+
+def _explain(error: Exception, params: Any, batch: Any) -> None:
+    """Adds to an error of the model's own what it was called with, where nothing says so yet."""
+    opening = "fvp called model_fn(params, batch) -> z"
+    if any(note.startswith(opening) for note in getattr(error, "__notes__", ())):
+        return
+    error.add_note(
+        f"{opening} with params {_shapes(params)} and batch {_shapes(batch)}. Labels go into"
+        " targets=, not the batch. A module is wrapped: lambda params, x: module.apply({'params':"
+        " params}, x), fvp.nnx.model_fn, or lambda params, x: jax.vmap(eqx.combine(params,"
+        " rest))(x)."
+    )
+
+
+def _shapes(tree: Any) -> str:
+    """Types and shapes of the arrays of a tree, in one line that is not long."""
+    kind = lambda x: _Shown(f"{x.dtype}{list(x.shape)}" if hasattr(x, "shape") else repr(x))
+    return textwrap.shorten(repr(jax.tree.map(kind, tree)), 300, placeholder=" ...")
+
+
+class _Shown(str):
+    """Text whose ``repr`` is itself."""
+
+    __repr__ = str.__str__
 
 
 def close_model(model_fn: Any, batch: Any) -> tuple[Model, Any]:

@@ -28,7 +28,10 @@ class Scalars:
             setattr(cls, name, property(lambda self, i=i: self.values[..., i]))
         key = jax.tree_util.GetAttrKey("values")
         jax.tree_util.register_pytree_with_keys(
-            cls, lambda self: (((key, self.values),), None), lambda _, values: cls._of(*values)
+            cls,
+            lambda self: (((key, self.values),), None),
+            lambda _, values: cls._of(*values),
+            lambda self: ((self.values,), None),
         )
 
     def __init__(self, **fields: Any) -> None:

@@ -408,3 +408,34 @@ def test_parameters_that_are_absent_masked_or_shapes_are_none_of_these(make):
     for params in ({**PARAMS, **rest}, shapes):
         init(params)
     jax.eval_shape(init, {**shapes, "none": None})
+
+
+# --- Errors of the model's own ----------------------------------------------------------------
+
+
+def test_an_error_of_the_model_says_what_it_was_called_with():
+    step = lambda: fvp.natural_gradient(1.0, model, SOFTMAX)
+    uses = (
+        lambda batch: fvp.fisher(model, SOFTMAX, PARAMS, batch),
+        lambda batch: fvp.fisher_vector_product(model, SOFTMAX, PARAMS, batch, PARAMS),
+        lambda batch: step().update(
+            PARAMS, step().init(PARAMS), PARAMS, batch=batch, targets=LABELS
+        ),
+        lambda batch: fvp.kfac(model, SOFTMAX, PARAMS, batch),
+    )
+    for use in uses:
+        with pytest.raises(TypeError) as caught:
+            use((BATCH, LABELS))
+        (note,) = (note for note in caught.value.__notes__ if note.startswith("fvp called"))
+        for part in ("int32[6])", "[2, 3]", "targets="):
+            assert part in note
+
+
+def test_a_module_in_place_of_a_model_function_is_told_how_it_is_wrapped():
+    class Module:
+        def __call__(self, x):
+            return x
+
+    with pytest.raises(TypeError) as caught:
+        fvp.fisher(Module(), SOFTMAX, PARAMS, BATCH)
+    assert "A module is wrapped" in caught.value.__notes__[0]

@@ -7,9 +7,9 @@ from jax import Array
 
 from fvp.scalars import Scalars
 
-# Memory of the sums: ten steps; and the part of the claims whose loss is too much.
+# Memory of the sums: ten steps; and the part of the claims whose loss says that noise leads.
 # docs/decisions/steps.md
-MEMORY, _HALF = 0.9, 0.5
+MEMORY, _QUARTER = 0.9, 0.25
 
 
 class Claims(Scalars):
@@ -57,8 +57,8 @@ class Claims(Scalars):
 
     @property
     def noise_leads(self) -> Array:
-        """Whether the loss of fresh batches fell by less than half of what steps claimed."""
-        return self.refuted > _HALF * self.claimed + self.rounding
+        """Whether fresh batches took back more than a quarter of what was claimed."""
+        return self.refuted > _QUARTER * self.claimed + self.rounding
 
     @property
     def loss_has_risen(self) -> Array:

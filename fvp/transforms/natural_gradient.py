@@ -72,7 +72,7 @@ def scale_by_fisher(
 
     **Noise.** With nothing set (``damping``, ``max_kl``, ``line_search``, ``geodesic``) and the
     loss known, what a step claims is held against the next batch: noise leads as soon as the loss
-    of fresh batches has fallen by less than half of what steps achieved on their own, in sums with
+    of fresh batches has fallen by less than 3/4 of what steps achieved on their own, in sums with
     a memory of ten steps; in small batches the second step may find that. The last step is then
     taken back, or some ten where the loss has risen, and from there on no batch is solved for: the
     direction is the gradient over the root of its averaged squares, in the eigenbases of its
