@@ -497,6 +497,26 @@ def test_the_steps_that_show_it_are_taken_back(make, rate, seed, size, risen):
     assert jax.tree.structure(state) == jax.tree.structure(tx.init(start()))
 
 
+@both
+def test_a_batch_without_a_finite_gradient_says_nothing_of_noise(make):
+    x, y = (v[:64] for v in digits())
+    params, step = start(), stepper(tx := make())
+    params, state, _ = step(params, tx.init(params), x, y)
+    bad = x.at[:, 0].set(jnp.inf)  # tanh saturates: the loss is finite, its gradient is not
+    assert jnp.isfinite(loss(params, bad, y))
+    before = noise_of(state).claims
+    after, kept, _ = step(params, state, bad, y)
+    noise = noise_of(kept)
+    assert not noise.leads
+    assert not optax.tree.get(kept, "accepted")
+    assert noise.claims.claimed == before.claimed
+    assert noise.claims.refuted == before.refuted
+    jax.tree.map(np.testing.assert_array_equal, after, params)
+    for _ in range(3):  # the one batch that is left is no noise
+        after, kept, _ = step(after, kept, x, y)
+        assert not noise_of(kept).leads
+
+
 @either
 def test_a_batch_that_is_not_finite_changes_nothing_where_noise_leads(make):
     x, y = digits()

@@ -67,7 +67,7 @@ def build_transform(options: Options) -> optax.GradientTransformationExtraArgs:
             objective = objective_at(options, params, operator, data)
             if state.noise is None or not data.has_loss:
                 return take_step(options, gradient, state, objective)
-            noise, knowing = seen_by(objective, state)
+            noise, knowing = seen_by(objective, state, square)
             seen = state._replace(noise=noise)
             back = lambda: step_back(options, gradient, seen)
             on = lambda: take_step(options, gradient, seen, knowing)

@@ -62,11 +62,17 @@ class NoiseState(NamedTuple):
         )
 
 
-def seen_by(objective: Objective, state: NaturalGradientState) -> tuple[NoiseState, Objective]:
-    """With this batch's view of the last step; and the objective that knows its loss."""
+def seen_by(
+    objective: Objective, state: NaturalGradientState, square: Array
+) -> tuple[NoiseState, Objective]:
+    """With this batch's view of the last step; and the objective that knows its loss.
+
+    Where the ``square`` of the gradient is NaN, the batch has no loss that says anything.
+    """
     noise: NoiseState = state.noise
     precision = float(jnp.finfo(objective.output_dtype).eps)
-    before, part = objective.loss_before(), _part_taken(state, objective.params)
+    before = jnp.where(jnp.isnan(square), jnp.nan, objective.loss_before())
+    part = _part_taken(state, objective.params)
     claims = noise.claims.held_against(before, part, precision)
     return noise._replace(leads=claims.noise_leads, claims=claims), objective.knowing(before)
 
