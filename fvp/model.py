@@ -113,15 +113,11 @@ def _explain(error: Exception, params: Any, batch: Any) -> None:
 
 
 def _shapes(tree: Any) -> str:
-    """Types and shapes of the arrays of a tree, in one line that is not long."""
-    kind = lambda x: _Shown(f"{x.dtype}{list(x.shape)}" if hasattr(x, "shape") else repr(x))
-    return textwrap.shorten(repr(jax.tree.map(kind, tree)), 300, placeholder=" ...")
-
-
-class _Shown(str):
-    """Text whose ``repr`` is itself."""
-
-    __repr__ = str.__str__
+    """Where a tree has which arrays, in one line that is not long; puts nothing into the tree."""
+    leaves = jax.tree_util.tree_leaves_with_path(tree)
+    kind = lambda x: f"{x.dtype}{list(x.shape)}" if is_array(x) and hasattr(x, "shape") else repr(x)
+    shown = "; ".join(f"{jax.tree_util.keystr(path)} {kind(x)}".strip() for path, x in leaves)
+    return f"({textwrap.shorten(shown, 300, placeholder=' ...')})"
 
 
 def close_model(model_fn: Any, batch: Any) -> tuple[Model, Any]:

@@ -427,8 +427,29 @@ def test_an_error_of_the_model_says_what_it_was_called_with():
         with pytest.raises(TypeError) as caught:
             use((BATCH, LABELS))
         (note,) = (note for note in caught.value.__notes__ if note.startswith("fvp called"))
-        for part in ("int32[6])", "[2, 3]", "targets="):
+        for part in ("[1] int32[6]", "['w'] float64[2, 3]", "targets="):
             assert part in note
+
+
+def test_an_error_of_a_model_stays_what_it_was_whatever_its_parameters_are():
+    @jax.tree_util.register_pytree_node_class
+    class Strict:  # takes arrays alone
+        def __init__(self, w):
+            self.w = w + 0.0
+
+        def tree_flatten(self):
+            return (self.w,), None
+
+        @classmethod
+        def tree_unflatten(cls, _, leaves):
+            return cls(*leaves)
+
+    def fails(params, batch):
+        raise KeyError("own")
+
+    with pytest.raises(KeyError, match="own") as caught:
+        fvp.fisher(fails, SOFTMAX, Strict(jnp.ones(2)), BATCH)
+    assert any("[2]" in note for note in caught.value.__notes__)
 
 
 def test_a_module_in_place_of_a_model_function_is_told_how_it_is_wrapped():
